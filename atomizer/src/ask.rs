@@ -1,0 +1,218 @@
+//! Asking: send an electron, wait for the one answer that counts.
+
+use std::{
+    fmt,
+    marker::PhantomData,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rustc_hash::FxHashMap;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+
+use crate::{
+    Address, Electron, ElectronId, Envelope, Failure, Message, Payload, Properties, SendError,
+    admission::Slot, link::Link, node::Node,
+};
+
+/// Who waits for which answer. The first answer takes the entry out: later ones find nobody.
+#[derive(Debug, Default)]
+pub(crate) struct Pending {
+    waiting: Mutex<FxHashMap<ElectronId, Waiter>>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Waiter {
+    Call(oneshot::Sender<Arc<Properties>>),
+    /// One of a spawner's children, by index. The channel has room for all that are in flight.
+    Child(usize, mpsc::Sender<(usize, Arc<Properties>)>),
+}
+
+impl Pending {
+    pub(crate) fn insert(&self, id: ElectronId, waiter: Waiter) {
+        drop(self.lock().insert(id, waiter));
+    }
+
+    pub(crate) fn remove(&self, id: ElectronId) {
+        drop(self.lock().remove(&id));
+    }
+
+    /// Lets go of all who wait: the node has stopped.
+    pub(crate) fn close(&self) {
+        drop(std::mem::take(&mut *self.lock()));
+    }
+
+    /// Hands an answer to who waits for it. False when nobody does.
+    pub(crate) fn resolve(&self, answer: Arc<Properties>) -> bool {
+        let waiter = self.lock().remove(&answer.electron);
+        match waiter {
+            Some(Waiter::Call(tx)) => tx.send(answer).is_ok(),
+            Some(Waiter::Child(index, tx)) => tx.try_send((index, answer)).is_ok(),
+            None => false,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, FxHashMap<ElectronId, Waiter>> {
+        // Every change is a single insert or remove: a panic cannot leave one half done.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sends electrons through one conductor and waits for their answers.
+#[derive(Clone, Debug)]
+pub(crate) struct Asker {
+    pub(crate) node: Arc<Node>,
+    pub(crate) link: Arc<Link>,
+}
+
+impl Asker {
+    /// Puts this node into an electron as the one who asks.
+    pub(crate) fn address(&self, mut electron: Electron) -> Electron {
+        electron.sender = Some(self.node.id.clone());
+        electron.reply_to = Some(self.link.reply_to());
+        electron
+    }
+
+    /// Makes an electron safe. The caller bounds the time.
+    pub(crate) async fn send(&self, electron: Arc<Electron>) -> Result<(), SendError> {
+        let to = Address::Atom(electron.atom.clone());
+        let envelope = Envelope::new(to, Message::Electron(electron));
+        self.link.send(vec![envelope]).await.pop().unwrap_or(Ok(()))
+    }
+
+    async fn ask(
+        &self,
+        electron: Arc<Electron>,
+        deadline: Duration,
+    ) -> Result<Arc<Properties>, CallError> {
+        let id = electron.id;
+        let (tx, rx) = oneshot::channel();
+        self.node.pending.insert(id, Waiter::Call(tx));
+        let _forget = Forget { node: &self.node, id };
+        let answered = async {
+            let sent = self.send(electron).await;
+            sent.map_err(|source| CallError::NotSent { id, source })?;
+            rx.await.map_err(|_| CallError::Stopped)
+        };
+        timeout(deadline, answered).await.unwrap_or(Err(CallError::Deadline { id, deadline }))
+    }
+}
+
+/// Takes the entry out when a call is dropped or fails.
+struct Forget<'a> {
+    node: &'a Node,
+    id: ElectronId,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.node.pending.remove(self.id);
+    }
+}
+
+/// A question on its way: await it for the answer.
+///
+/// Nothing is sent before it is awaited. Dropping it gives up the answer, not the electron.
+#[must_use = "nothing is sent before it is awaited"]
+pub struct Call<T> {
+    asker: Asker,
+    /// The permit to give back while waiting, when an atom asks.
+    slot: Option<Arc<Slot>>,
+    electron: Result<Arc<Electron>, serde_json::Error>,
+    deadline: Duration,
+    decode: fn(&Payload) -> Result<T, serde_json::Error>,
+    output: PhantomData<fn() -> T>,
+}
+
+impl<T> Call<T> {
+    /// How long a call waits unless told otherwise: an hour.
+    pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60 * 60);
+
+    pub(crate) fn new(
+        asker: Asker,
+        slot: Option<Arc<Slot>>,
+        electron: Result<Electron, serde_json::Error>,
+        decode: fn(&Payload) -> Result<T, serde_json::Error>,
+    ) -> Self {
+        Self {
+            electron: electron.map(|electron| Arc::new(asker.address(electron))),
+            asker,
+            slot,
+            deadline: Self::DEADLINE_DEFAULT,
+            decode,
+            output: PhantomData,
+        }
+    }
+
+    /// Sets how long to wait for the answer, sending included.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    async fn answer(self) -> Result<T, CallError> {
+        let electron = self.electron.map_err(CallError::Encode)?;
+        let asking = self.asker.ask(electron, self.deadline);
+        let properties = match &self.slot {
+            Some(slot) => slot.wait(asking).await?,
+            None => asking.await?,
+        };
+        match &properties.outcome {
+            Ok(payload) => (self.decode)(payload).map_err(CallError::Decode),
+            Err(failure) => Err(CallError::Failed(failure.clone())),
+        }
+    }
+}
+
+impl<T: Send + 'static> IntoFuture for Call<T> {
+    type Output = Result<T, CallError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.answer())
+    }
+}
+
+impl<T> fmt::Debug for Call<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Call").field("electron", &self.electron).finish_non_exhaustive()
+    }
+}
+
+/// Why a call has no output.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CallError {
+    /// The input does not become JSON.
+    #[error("failed to encode the input")]
+    Encode(#[source] serde_json::Error),
+    /// The electron is not known to be safe; it may be sent again under the same id.
+    #[error("failed to send electron {id}")]
+    NotSent {
+        /// The electron.
+        id: ElectronId,
+        /// Why.
+        source: SendError,
+    },
+    /// The electron failed, and this is its answer.
+    #[error(transparent)]
+    Failed(Failure),
+    /// The answer is not what the caller takes.
+    #[error("failed to decode the answer")]
+    Decode(#[source] serde_json::Error),
+    /// No answer came in time; the electron goes its way, and its answer is dropped.
+    #[error("no answer to electron {id} within {deadline:?}")]
+    Deadline {
+        /// The electron.
+        id: ElectronId,
+        /// How long was waited.
+        deadline: Duration,
+    },
+    /// The node stopped first.
+    #[error("the node has stopped")]
+    Stopped,
+}

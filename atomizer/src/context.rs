@@ -1,0 +1,138 @@
+//! What an atom may ask of the runtime while it runs.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crate::{
+    Atom, AtomId, Call, Electron, FanOut, NodeId, Parent, Payload, admission::Slot, ask::Asker,
+    erased, node::Stage,
+};
+
+/// One run of one electron, as its atom sees it.
+pub struct Context {
+    pub(crate) asker: Asker,
+    pub(crate) slot: Arc<Slot>,
+    electron: Arc<Electron>,
+    /// Which index the next child gets. An atom that asks in the same order each time asks the same children
+    /// again in a second life.
+    next_child: AtomicU64,
+}
+
+impl Context {
+    pub(crate) fn new(asker: Asker, electron: Arc<Electron>, slot: Arc<Slot>) -> Self {
+        Self { asker, slot, electron, next_child: AtomicU64::new(0) }
+    }
+
+    /// Returns the electron that is being worked on.
+    #[must_use]
+    pub fn electron(&self) -> &Electron {
+        &self.electron
+    }
+
+    /// Returns the node that runs it.
+    #[must_use]
+    pub fn node(&self) -> &NodeId {
+        &self.asker.node.id
+    }
+
+    /// Returns which attempt this is, counted from 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.electron.attempts + 1
+    }
+
+    /// Waits until the node wants this run to stop. A run that does not is aborted soon after.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn cancelled(&self) {
+        self.asker.node.reached(Stage::Cancelling).await;
+    }
+
+    /// Asks another atom, anywhere in the cluster, and waits for its output without holding up a slot.
+    ///
+    /// # Errors
+    /// On awaiting: [`CallError`](crate::CallError).
+    ///
+    /// # Cancel safety
+    /// Dropping the call gives up the answer, not the child.
+    #[expect(clippy::needless_pass_by_value, reason = "callers write `call::<Double>(21)`")]
+    pub fn call<A: Atom>(&self, input: A::Input) -> Call<A::Output> {
+        let electron =
+            erased::encode(&input).map(|payload| self.next_child(AtomId::of::<A>(), payload));
+        Call::new(self.asker.clone(), Some(Arc::clone(&self.slot)), electron, erased::decode)
+    }
+
+    /// Asks an atom that this program need not know, by id and with bytes.
+    ///
+    /// # Errors
+    /// On awaiting: [`CallError`](crate::CallError).
+    ///
+    /// # Cancel safety
+    /// Dropping the call gives up the answer, not the child.
+    pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<Payload> {
+        let electron = Ok(self.next_child(atom, payload));
+        Call::new(self.asker.clone(), Some(Arc::clone(&self.slot)), electron, |payload| {
+            Ok(payload.clone())
+        })
+    }
+
+    /// Asks one atom for each input, a window of them at a time, and combines what comes back.
+    ///
+    /// ```
+    /// # use atomizer::prelude::*;
+    /// # struct Square;
+    /// # impl Atom for Square {
+    /// #     const ID: &'static str = "square";
+    /// #     type Input = u64;
+    /// #     type Output = u64;
+    /// #     async fn process(&self, _cx: &Context, input: u64) -> Result<u64> { Ok(input * input) }
+    /// # }
+    /// struct SumOfSquares;
+    ///
+    /// impl Atom for SumOfSquares {
+    ///     const ID: &'static str = "sum-of-squares";
+    ///     const KIND: Kind = Kind::Spawner;
+    ///     type Input = u64;
+    ///     type Output = u64;
+    ///
+    ///     async fn process(&self, cx: &Context, upto: u64) -> Result<u64> {
+    ///         Ok(cx.fan_out::<Square>(1..=upto).fold(0, |sum, square| sum + square).await?)
+    ///     }
+    /// }
+    /// ```
+    pub fn fan_out<A: Atom>(
+        &self,
+        inputs: impl IntoIterator<Item = A::Input, IntoIter: Send>,
+    ) -> FanOut<'_, A, impl Iterator<Item = A::Input> + Send> {
+        FanOut::new(self, inputs.into_iter())
+    }
+
+    /// Makes the next child, without saying yet where it is answered.
+    pub(crate) fn next_child(&self, atom: AtomId, payload: Payload) -> Electron {
+        let index = self.next_child.fetch_add(1, Ordering::Relaxed);
+        let parent = self.electron.id;
+        let mut child = Electron::with_id(parent.child(index), atom, payload);
+        child.parent = Some(Parent { id: parent, index });
+        for name in TRACE_HEADERS {
+            if let Some(value) = self.electron.extra.get(name) {
+                child.extra.insert(name.to_owned(), value.clone());
+            }
+        }
+        child
+    }
+}
+
+/// What a child inherits, so that one trace spans the tree (W3C Trace Context).
+const TRACE_HEADERS: [&str; 2] = ["traceparent", "tracestate"];
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context").field("electron", &self.electron).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,48 @@
+//! Hands the answers a node receives to whoever asked.
+
+use std::{num::NonZeroUsize, sync::Arc};
+
+use crate::{
+    AtomId, Delivery, EventKind, Message, Outcome, Source,
+    ask::Asker,
+    intake::{Intake, Taken},
+    settle::Settler,
+};
+
+/// How many answers may be delivered and not settled.
+const WINDOW: NonZeroUsize = NonZeroUsize::new(1024).expect("not 0");
+
+/// In whose name messages that are no answers go to the dead letters.
+const INBOX: AtomId = AtomId::from_static("inbox");
+
+/// Receives until it is dropped.
+pub(crate) async fn run(asker: Asker) {
+    let Asker { node, link } = &asker;
+    let mut intake = Intake::new(Arc::clone(node), Arc::clone(link), Source::Inbox, WINDOW);
+    let settler = Settler { node: node.id.clone(), atom: INBOX };
+    loop {
+        let Taken::Deliveries(deliveries) = intake.next(WINDOW).await else {
+            continue;
+        };
+        let mut batch = Vec::with_capacity(deliveries.len());
+        for Delivery { message, ticket, .. } in deliveries {
+            let Message::Answer(answer) = message else {
+                let (ticket, emit, _) = settler.unreadable(ticket, message);
+                tracing::warn!(
+                    "a message that is no answer goes from the inbox to the dead letters"
+                );
+                batch.push((ticket, Outcome::Done { emit }));
+                continue;
+            };
+            let electron = answer.electron;
+            if !node.pending.resolve(answer) {
+                node.events.emit(Some(link.id()), || EventKind::AnswerDropped { electron });
+            }
+            batch.push((ticket, Outcome::Done { emit: Vec::new() }));
+        }
+        if let Some(session) = intake.session() {
+            // What is not settled comes again, and finds that nobody waits for it.
+            drop(session.settle(batch).await);
+        }
+    }
+}

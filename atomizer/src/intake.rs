@@ -1,0 +1,141 @@
+//! One subscription of a node, kept alive over sessions.
+
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use tokio::{sync::watch, time::sleep};
+
+use crate::{
+    AtomId, Delivery, EventKind, SessionError, Source, Subscription,
+    link::{Link, SharedSession, backoff},
+    node::Node,
+};
+
+pub(crate) struct Intake {
+    node: Arc<Node>,
+    link: Arc<Link>,
+    source: Source,
+    window: NonZeroUsize,
+    sessions: watch::Receiver<Option<SharedSession>>,
+    state: State,
+    pauses: Box<dyn Iterator<Item = Duration> + Send>,
+}
+
+/// Futures live here rather than on the stack of [`Intake::next`], which is dropped and called again.
+enum State {
+    NoSession,
+    Subscribing(SharedSession, BoxFuture<'static, Result<Box<dyn Subscription>, SessionError>>),
+    Open(SharedSession, Box<dyn Subscription>),
+    Pausing(BoxFuture<'static, ()>),
+}
+
+/// What an intake has to tell.
+pub(crate) enum Taken {
+    Deliveries(Vec<Delivery>),
+    /// The subscription was lost: tickets that came through it are stale.
+    Lost,
+}
+
+impl Intake {
+    pub(crate) fn new(
+        node: Arc<Node>,
+        link: Arc<Link>,
+        source: Source,
+        window: NonZeroUsize,
+    ) -> Self {
+        Self {
+            sessions: link.sessions(),
+            node,
+            link,
+            source,
+            window,
+            state: State::NoSession,
+            pauses: Box::new(backoff()),
+        }
+    }
+
+    /// Returns the session that its deliveries are settled with.
+    pub(crate) fn session(&self) -> Option<SharedSession> {
+        match &self.state {
+            State::Open(session, _) => Some(Arc::clone(session)),
+            State::NoSession | State::Subscribing(..) | State::Pausing(_) => None,
+        }
+    }
+
+    /// Waits for at most `max` deliveries, over as many sessions as that takes.
+    ///
+    /// Cancel safe.
+    pub(crate) async fn next(&mut self, max: NonZeroUsize) -> Taken {
+        loop {
+            match &mut self.state {
+                State::NoSession => {
+                    let Ok(session) =
+                        self.sessions.wait_for(Option::is_some).await.map(|held| held.clone())
+                    else {
+                        // The link is gone, and with it the node.
+                        return std::future::pending().await;
+                    };
+                    if let Some(session) = session {
+                        let (source, window) = (self.source.clone(), self.window);
+                        let subscriber = Arc::clone(&session);
+                        let subscribing =
+                            Box::pin(async move { subscriber.subscribe(source, window).await });
+                        self.state = State::Subscribing(session, subscribing);
+                    }
+                }
+                State::Subscribing(session, subscribing) => match subscribing.await {
+                    Ok(subscription) => {
+                        let session = Arc::clone(session);
+                        self.subscribed();
+                        self.state = State::Open(session, subscription);
+                    }
+                    Err(error) => self.lost(&error),
+                },
+                State::Open(_, subscription) => match subscription.next(max).await {
+                    Ok(deliveries) => return Taken::Deliveries(deliveries),
+                    Err(error) => {
+                        self.lost(&error);
+                        return Taken::Lost;
+                    }
+                },
+                State::Pausing(pause) => {
+                    pause.await;
+                    self.state = State::NoSession;
+                }
+            }
+        }
+    }
+
+    /// Takes no more.
+    pub(crate) async fn stop(&mut self) {
+        if let State::Open(_, subscription) = &mut self.state {
+            subscription.stop().await;
+        }
+    }
+
+    fn subscribed(&mut self) {
+        self.pauses = Box::new(backoff());
+        if let Some(atom) = self.atom() {
+            tracing::info!(conductor = %self.link.id(), %atom, "takes electrons");
+            self.node.events.emit(Some(self.link.id()), || EventKind::Subscribed { atom });
+        }
+    }
+
+    fn lost(&mut self, error: &SessionError) {
+        let atom = self.atom();
+        tracing::warn!(conductor = %self.link.id(), source = ?self.source, %error, "subscription lost");
+        self.node.events.emit(Some(self.link.id()), || EventKind::SubscriptionLost {
+            atom,
+            error: error.to_string(),
+        });
+        let pause = self.pauses.next().expect("the backoff has no end");
+        self.state = State::Pausing(Box::pin(sleep(pause)));
+    }
+
+    fn atom(&self) -> Option<AtomId> {
+        match &self.source {
+            Source::Atom(atom) => Some(atom.clone()),
+            Source::Inbox => None,
+        }
+    }
+}

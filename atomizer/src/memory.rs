@@ -1,0 +1,494 @@
+//! The in-process conductor: queues in memory, shared by all that clone it.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    num::NonZeroUsize,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use async_trait::async_trait;
+use rustc_hash::FxHashMap;
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    Address, AtomId, Conductor, ConductorId, Delivery, Envelope, Epoch, Limits, Message, NodeId,
+    OpenError, Outcome, Release, ReplyTo, SendError, Session, SessionError, SettleError, Source,
+    Subscription, Ticket,
+};
+
+/// Carries electrons within one process: nothing to install, and nothing outlives the process.
+///
+/// Clones share the same queues, so that several nodes of one process work together. Within the process it
+/// keeps every promise: what a session has not settled when it ends is delivered again.
+#[derive(Clone)]
+pub struct Memory {
+    id: ConductorId,
+    broker: Arc<Broker>,
+    limits: Limits,
+}
+
+impl Memory {
+    /// How many messages wait in one queue before [`Session::send`] waits for room.
+    pub const QUEUE_LENGTH_MAX: usize = 65_536;
+    /// The longest payload: 16 MiB, as RabbitMQ 4 has it.
+    pub const PAYLOAD_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+    /// Makes empty queues.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            id: ConductorId::from_static("memory"),
+            broker: Arc::default(),
+            limits: Limits::new(Self::PAYLOAD_BYTES_MAX),
+        }
+    }
+
+    /// Sets the longest payload, in bytes.
+    #[must_use]
+    pub fn payload_bytes_max(mut self, bytes: usize) -> Self {
+        self.limits.payload_bytes_max = bytes;
+        self
+    }
+
+    /// Ends every session by a fault, as a broker that is killed would; for tests.
+    pub fn cut(&self) {
+        let sessions: Vec<_> = self.broker.lock().sessions.drain(..).collect();
+        for session in sessions.iter().filter_map(Weak::upgrade) {
+            session.end(SessionError::lost("cut"));
+        }
+    }
+
+    /// Takes all dead letters out, oldest first.
+    #[must_use]
+    pub fn take_dead_letters(&self) -> Vec<Message> {
+        let mut broker = self.broker.lock();
+        let dead = broker.queues.remove(&QueueName::Dead).map(|queue| queue.ready);
+        dead.into_iter().flatten().map(|stored| stored.message).collect()
+    }
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Memory({})", self.id)
+    }
+}
+
+#[async_trait]
+impl Conductor for Memory {
+    fn id(&self) -> &ConductorId {
+        &self.id
+    }
+
+    async fn open(&self, node: &NodeId) -> Result<Arc<dyn Session>, OpenError> {
+        let reply_to = ReplyTo::new(node.as_str());
+        let session = Arc::new(MemorySession {
+            broker: Arc::clone(&self.broker),
+            limits: self.limits,
+            epoch: Epoch::unique(),
+            lanes: Arc::default(),
+            ended: watch::Sender::new(None),
+            reply_to: reply_to.clone(),
+        });
+        let mut broker = self.broker.lock();
+        broker.queues.entry(QueueName::Inbox(reply_to)).or_default();
+        broker.sessions.retain(|session| session.strong_count() > 0);
+        broker.sessions.push(Arc::downgrade(&session));
+        Ok(session)
+    }
+}
+
+/// All queues. One lock is enough: it is held for a few moves at a time, and never over an `await`.
+#[derive(Default)]
+struct Broker {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    queues: FxHashMap<QueueName, Queue>,
+    sessions: Vec<Weak<MemorySession>>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum QueueName {
+    Atom(AtomId),
+    Inbox(ReplyTo),
+    Dead,
+}
+
+#[derive(Default)]
+struct Queue {
+    ready: VecDeque<Stored>,
+    /// One bell for each subscription; each is rung for whatever arrives.
+    subscribers: Vec<Arc<Notify>>,
+    /// Rung when there may be room again.
+    room: Arc<Notify>,
+}
+
+struct Stored {
+    message: Message,
+    redeliveries: u32,
+}
+
+impl Queue {
+    fn ring(&self) {
+        for bell in &self.subscribers {
+            bell.notify_one();
+        }
+    }
+}
+
+impl Broker {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No change spans more than one push or pop: a panic cannot leave one half done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Returns the queue an envelope goes to; an inbox that is gone has none.
+    fn queue(&mut self, to: &Address) -> Option<&mut Queue> {
+        match to {
+            Address::Atom(atom) => {
+                Some(self.queues.entry(QueueName::Atom(atom.clone())).or_default())
+            }
+            Address::Reply(reply_to) => self.queues.get_mut(&QueueName::Inbox(reply_to.clone())),
+            Address::DeadLetter(_) => Some(self.queues.entry(QueueName::Dead).or_default()),
+        }
+    }
+
+    fn put(&mut self, envelope: Envelope, limits: Limits) -> Result<(), (Envelope, SendError)> {
+        if let Err(error) = check_size(&envelope.message, limits) {
+            return Err((envelope, error));
+        }
+        let Some(queue) = self.queue(&envelope.to) else {
+            let error = SendError::Unroutable(envelope.to.to_string());
+            return Err((envelope, error));
+        };
+        queue.ready.push_back(Stored { message: envelope.message, redeliveries: 0 });
+        queue.ring();
+        Ok(())
+    }
+}
+
+fn check_size(message: &Message, limits: Limits) -> Result<(), SendError> {
+    let bytes = match message {
+        Message::Electron(electron) => electron.payload.body.len(),
+        Message::Answer(answer) => answer.outcome.as_ref().map_or(0, |payload| payload.body.len()),
+        Message::Unreadable(unreadable) => unreadable.wire.body.len(),
+    };
+    let bytes_max = limits.payload_bytes_max;
+    if bytes > bytes_max {
+        return Err(SendError::TooLarge { bytes, bytes_max });
+    }
+    Ok(())
+}
+
+struct MemorySession {
+    broker: Arc<Broker>,
+    limits: Limits,
+    epoch: Epoch,
+    lanes: Arc<Lanes>,
+    ended: watch::Sender<Option<SessionError>>,
+    reply_to: ReplyTo,
+}
+
+/// The subscriptions of a session. Its own allocation, because tickets refer to it and must not keep the
+/// session alive.
+#[derive(Default)]
+struct Lanes {
+    all: Mutex<Vec<Arc<Lane>>>,
+}
+
+/// One subscription, and what it has delivered.
+struct Lane {
+    broker: Arc<Broker>,
+    queue: QueueName,
+    window: usize,
+    bell: Arc<Notify>,
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    next_key: u64,
+    by_key: FxHashMap<u64, Stored>,
+    ended: Option<SessionError>,
+}
+
+impl Lanes {
+    fn get(&self, channel: u32) -> Option<Arc<Lane>> {
+        self.lock().get(channel as usize).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Lane>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Release for Lanes {
+    fn release(&self, channel: u32, key: u64) {
+        if let Some(lane) = self.get(channel) {
+            let stored = lane.lock().by_key.remove(&key);
+            lane.put_back(stored);
+        }
+    }
+}
+
+impl Lane {
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts deliveries back in front of the queue, as they were but for the count.
+    fn put_back(&self, stored: impl IntoIterator<Item = Stored>) {
+        let mut broker = self.broker.lock();
+        let queue = broker.queues.entry(self.queue.clone()).or_default();
+        for mut stored in stored {
+            stored.redeliveries += 1;
+            queue.ready.push_front(stored);
+        }
+        queue.ring();
+        drop(broker);
+        self.bell.notify_one();
+    }
+
+    /// Is rung for no more.
+    fn leave(&self) {
+        if let Some(queue) = self.broker.lock().queues.get_mut(&self.queue) {
+            queue.subscribers.retain(|bell| !Arc::ptr_eq(bell, &self.bell));
+        }
+    }
+
+    fn end(&self, error: &SessionError) {
+        let mut held = self.lock();
+        held.ended.get_or_insert_with(|| error.clone());
+        let mut stored: Vec<_> = held.by_key.drain().collect();
+        drop(held);
+        self.leave();
+        stored.sort_unstable_by_key(|(key, _)| std::cmp::Reverse(*key));
+        self.put_back(stored.into_iter().map(|(_, stored)| stored));
+    }
+}
+
+impl MemorySession {
+    fn end(&self, error: SessionError) {
+        for lane in self.lanes.lock().iter() {
+            lane.end(&error);
+        }
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(error);
+            first
+        });
+    }
+
+    fn check_open(&self) -> Result<(), SessionError> {
+        self.ended.borrow().clone().map_or(Ok(()), Err)
+    }
+
+    fn settle_one(&self, ticket: Ticket, outcome: Outcome) -> Result<(), SettleError> {
+        if ticket.epoch() != self.epoch {
+            return Err(SettleError::Stale);
+        }
+        let Outcome::Done { emit } = outcome else {
+            drop(ticket);
+            return Ok(());
+        };
+        let (channel, key) = ticket.take();
+        let lane = self.lanes.get(channel).ok_or(SettleError::Stale)?;
+        if !lane.lock().by_key.contains_key(&key) {
+            return Err(SettleError::Stale);
+        }
+        let mut failed = Vec::new();
+        if !emit.is_empty() {
+            let mut broker = self.broker.lock();
+            failed.extend(
+                emit.into_iter().filter_map(|envelope| broker.put(envelope, self.limits).err()),
+            );
+        }
+        if failed.is_empty() {
+            let removed = lane.lock().by_key.remove(&key);
+            lane.bell.notify_one();
+            // The session may have ended meanwhile, and the delivery be on its way to someone else.
+            return removed.map_or(Err(SettleError::Stale), |_| Ok(()));
+        }
+        let lanes: Arc<dyn Release> = Arc::clone(&self.lanes) as _;
+        let ticket = Ticket::new(self.epoch, channel, key, lanes);
+        Err(SettleError::NotSafe { ticket, failed })
+    }
+
+    async fn send_one(&self, envelope: &Envelope) -> Result<(), SendError> {
+        loop {
+            if let Err(error) = self.check_open() {
+                return Err(SendError::Unknown(error.to_string()));
+            }
+            let room = {
+                let mut broker = self.broker.lock();
+                match broker.queue(&envelope.to) {
+                    // Made under the lock: it hears of whatever is taken out from here on.
+                    Some(queue) if queue.ready.len() >= Memory::QUEUE_LENGTH_MAX => {
+                        Arc::clone(&queue.room).notified_owned()
+                    }
+                    _ => {
+                        return broker
+                            .put(envelope.clone(), self.limits)
+                            .map_err(|(_, error)| error);
+                    }
+                }
+            };
+            tokio::select! {
+                () = room => {}
+                _ = self.ended() => {}
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Session for MemorySession {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn reply_to(&self) -> ReplyTo {
+        self.reply_to.clone()
+    }
+
+    async fn subscribe(
+        &self,
+        source: Source,
+        window: NonZeroUsize,
+    ) -> Result<Box<dyn Subscription>, SessionError> {
+        self.check_open()?;
+        let queue = match source {
+            Source::Atom(atom) => QueueName::Atom(atom),
+            Source::Inbox => QueueName::Inbox(self.reply_to.clone()),
+        };
+        let bell = Arc::new(Notify::new());
+        let lane = Arc::new(Lane {
+            broker: Arc::clone(&self.broker),
+            queue: queue.clone(),
+            window: window.get(),
+            bell: Arc::clone(&bell),
+            held: Mutex::default(),
+        });
+        let channel = {
+            let mut lanes = self.lanes.lock();
+            lanes.push(Arc::clone(&lane));
+            u32::try_from(lanes.len() - 1).expect("fewer than 2^32 subscriptions")
+        };
+        self.broker.lock().queues.entry(queue).or_default().subscribers.push(bell);
+        if let Err(error) = self.check_open() {
+            lane.end(&error);
+            return Err(error);
+        }
+        Ok(Box::new(MemorySubscription {
+            lane,
+            epoch: self.epoch,
+            channel,
+            lanes: Arc::clone(&self.lanes),
+        }))
+    }
+
+    async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
+        let mut results = Vec::with_capacity(envelopes.len());
+        for envelope in envelopes {
+            results.push(self.send_one(envelope).await);
+        }
+        results
+    }
+
+    async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {
+        batch.into_iter().map(|(ticket, outcome)| self.settle_one(ticket, outcome)).collect()
+    }
+
+    async fn ended(&self) -> SessionError {
+        let mut ended = self.ended.subscribe();
+        let error = ended.wait_for(Option::is_some).await.ok().and_then(|error| error.clone());
+        error.unwrap_or(SessionError::Closed)
+    }
+
+    async fn close(&self) {
+        self.end(SessionError::Closed);
+        self.broker.lock().queues.remove(&QueueName::Inbox(self.reply_to.clone()));
+    }
+}
+
+impl Drop for MemorySession {
+    fn drop(&mut self) {
+        self.end(SessionError::Closed);
+    }
+}
+
+impl fmt::Debug for MemorySession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MemorySession({:?})", self.epoch)
+    }
+}
+
+struct MemorySubscription {
+    lane: Arc<Lane>,
+    epoch: Epoch,
+    channel: u32,
+    lanes: Arc<Lanes>,
+}
+
+impl MemorySubscription {
+    fn try_next(&self, max: NonZeroUsize) -> Result<Vec<Delivery>, SessionError> {
+        // Both locks at once, queue before lane, so that nothing is in neither when the session ends.
+        let mut broker = self.lane.broker.lock();
+        let mut held = self.lane.lock();
+        if let Some(error) = &held.ended {
+            return Err(error.clone());
+        }
+        let Some(queue) = broker.queues.get_mut(&self.lane.queue) else {
+            return Ok(Vec::new());
+        };
+        let free = self.lane.window.saturating_sub(held.by_key.len());
+        let count = max.get().min(free).min(queue.ready.len());
+        let mut deliveries = Vec::with_capacity(count);
+        for stored in queue.ready.drain(..count) {
+            let key = held.next_key;
+            held.next_key += 1;
+            let lanes: Arc<dyn Release> = Arc::clone(&self.lanes) as _;
+            let ticket = Ticket::new(self.epoch, self.channel, key, lanes);
+            deliveries.push(Delivery::new(stored.message.clone(), stored.redeliveries, ticket));
+            held.by_key.insert(key, stored);
+        }
+        if count > 0 {
+            queue.room.notify_waiters();
+        }
+        Ok(deliveries)
+    }
+}
+
+#[async_trait]
+impl Subscription for MemorySubscription {
+    async fn next(&mut self, max: NonZeroUsize) -> Result<Vec<Delivery>, SessionError> {
+        loop {
+            let deliveries = self.try_next(max)?;
+            if !deliveries.is_empty() {
+                return Ok(deliveries);
+            }
+            self.lane.bell.notified().await;
+        }
+    }
+
+    async fn stop(&mut self) {
+        self.lane.leave();
+    }
+}
+
+impl Drop for MemorySubscription {
+    fn drop(&mut self) {
+        self.lane.leave();
+    }
+}

@@ -1,0 +1,286 @@
+//! The form of messages outside a process: some properties, some headers, the payload as it is.
+//!
+//! A conductor that leaves the process turns [`Message`]s into [`Wire`] and back here, and moves the parts
+//! of a `Wire` by its own means. `docs/wire.md` is the reference; the golden vectors in the tests of this
+//! module hold it still.
+
+use std::{fmt::Display, str::FromStr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use crate::{
+    AtomId, ContentType, Electron, ElectronId, Extra, Failure, Message, NodeId, Parent, Payload,
+    Properties, ReplyTo, Unreadable,
+};
+
+/// The version of the format that is written, and the newest that is read.
+pub const VERSION: u32 = 1;
+
+/// The most that properties and headers of one message may take together, in bytes.
+///
+/// RabbitMQ cannot split headers over frames (AMQP 0-9-1, 4.2.6.1): they must stay far below a frame.
+pub const METADATA_BYTES_MAX: usize = 16 * 1024;
+
+/// The `type` of an electron.
+pub const ELECTRON: &str = "electron";
+/// The `type` of an answer.
+pub const ANSWER: &str = "answer";
+
+/// Header names. All values are text.
+pub mod header {
+    /// The version of the format; absent means 1.
+    pub const VERSION: &str = "atomizer-version";
+    /// The atom an electron is for, or that answers.
+    pub const ATOM: &str = "atomizer-atom";
+    /// The node that sent an electron.
+    pub const SENDER: &str = "atomizer-sender";
+    /// The id of the electron that spawned this one.
+    pub const PARENT: &str = "atomizer-parent";
+    /// Which child of its parent it is, counted from 0.
+    pub const INDEX: &str = "atomizer-index";
+    /// Attempts failed so far (electron), or which attempt answers, counted from 1 (answer).
+    pub const ATTEMPT: &str = "atomizer-attempt";
+    /// How long one attempt may run, in milliseconds.
+    pub const TIME_LIMIT_MS: &str = "atomizer-time-limit-ms";
+    /// How earlier attempts failed: a JSON array, oldest first.
+    pub const HISTORY: &str = "atomizer-history";
+    /// The electron that an answer is about.
+    pub const ELECTRON: &str = "atomizer-electron";
+    /// `ok`, or `failed` when the body is a failure as JSON.
+    pub const STATUS: &str = "atomizer-status";
+    /// The node that answers.
+    pub const NODE: &str = "atomizer-node";
+    /// When the attempt began: RFC 3339, UTC.
+    pub const STARTED_AT: &str = "atomizer-started-at";
+    /// How long the attempt took, in microseconds.
+    pub const DURATION_US: &str = "atomizer-duration-us";
+}
+
+const STATUS_OK: &str = "ok";
+const STATUS_FAILED: &str = "failed";
+
+/// A message in parts that any carrier of headers and bytes can move.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Wire {
+    /// [`ELECTRON`] or [`ANSWER`]; absent means an electron.
+    pub kind: Option<String>,
+    /// The electron's id; absent in answers, and in electrons of senders that know nothing of ids.
+    pub id: Option<String>,
+    /// What an asker recognises its answer by.
+    pub correlation_id: Option<String>,
+    /// Where the answer goes.
+    pub reply_to: Option<String>,
+    /// The media type of the body; absent means JSON.
+    pub content_type: Option<String>,
+    /// Ours by the names in [`header`], and all others.
+    pub headers: Extra,
+    /// The payload, as it is.
+    pub body: Bytes,
+}
+
+impl Wire {
+    /// Returns how many bytes properties and headers take, to be held against [`METADATA_BYTES_MAX`].
+    #[must_use]
+    pub fn metadata_bytes(&self) -> usize {
+        let properties =
+            [&self.kind, &self.id, &self.correlation_id, &self.reply_to, &self.content_type];
+        let properties: usize = properties.into_iter().flatten().map(String::len).sum();
+        let headers: usize = (self.headers.iter())
+            .map(|(name, value)| match value {
+                Value::String(text) => name.len() + text.len(),
+                other => name.len() + other.to_string().len(),
+            })
+            .sum();
+        properties + headers
+    }
+
+    fn set(&mut self, name: &str, value: impl Display) {
+        self.headers.insert(name.to_owned(), Value::String(value.to_string()));
+    }
+
+    /// Takes a header of ours out, leaving those that belong to others.
+    fn take<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Option<T>, String> {
+        match self.headers.remove(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => parse(name, &text).map(Some),
+            // Some clients send numbers as numbers.
+            Some(value @ Value::Number(_)) => parse(name, &value.to_string()).map(Some),
+            Some(other) => Err(format!("header {name} is {other}, not text")),
+        }
+    }
+
+    fn require<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<T, String> {
+        self.take(name)?.ok_or_else(|| format!("header {name} is missing"))
+    }
+}
+
+fn parse<T: FromStr<Err: Display>>(name: &str, text: &str) -> Result<T, String> {
+    text.parse().map_err(|error| format!("{name}: {error}"))
+}
+
+impl From<Message> for Wire {
+    fn from(message: Message) -> Self {
+        match message {
+            Message::Electron(electron) => encode_electron(Arc::unwrap_or_clone(electron)),
+            Message::Answer(properties) => encode_answer(Arc::unwrap_or_clone(properties)),
+            Message::Unreadable(unreadable) => Arc::unwrap_or_clone(unreadable).wire,
+        }
+    }
+}
+
+fn encode_electron(electron: Electron) -> Wire {
+    let mut wire = Wire {
+        kind: Some(ELECTRON.to_owned()),
+        id: Some(electron.id.to_string()),
+        correlation_id: electron.correlation_id,
+        reply_to: electron.reply_to.map(|reply_to| reply_to.as_str().to_owned()),
+        content_type: Some(electron.payload.content_type.as_str().to_owned()),
+        headers: electron.extra,
+        body: electron.payload.body,
+    };
+    wire.set(header::VERSION, VERSION);
+    wire.set(header::ATOM, electron.atom);
+    if let Some(sender) = electron.sender {
+        wire.set(header::SENDER, sender);
+    }
+    if let Some(parent) = electron.parent {
+        wire.set(header::PARENT, parent.id);
+        wire.set(header::INDEX, parent.index);
+    }
+    if electron.attempts > 0 {
+        wire.set(header::ATTEMPT, electron.attempts);
+    }
+    if let Some(limit) = electron.time_limit {
+        wire.set(header::TIME_LIMIT_MS, limit.as_millis());
+    }
+    if !electron.history.is_empty() {
+        let history = serde_json::to_string(&electron.history).expect("failures are plain data");
+        wire.set(header::HISTORY, history);
+    }
+    wire
+}
+
+fn encode_answer(properties: Properties) -> Wire {
+    let (status, payload) = match properties.outcome {
+        Ok(payload) => (STATUS_OK, payload),
+        Err(failure) => {
+            let body = serde_json::to_vec(&failure).expect("a failure is plain data");
+            (STATUS_FAILED, Payload::json(body))
+        }
+    };
+    let correlation_id =
+        properties.correlation_id.unwrap_or_else(|| properties.electron.to_string());
+    let mut wire = Wire {
+        kind: Some(ANSWER.to_owned()),
+        correlation_id: Some(correlation_id),
+        content_type: Some(payload.content_type.as_str().to_owned()),
+        body: payload.body,
+        ..Wire::default()
+    };
+    wire.set(header::VERSION, VERSION);
+    wire.set(header::ELECTRON, properties.electron);
+    wire.set(header::ATOM, properties.atom);
+    wire.set(header::NODE, properties.node);
+    wire.set(header::STATUS, status);
+    wire.set(header::ATTEMPT, properties.attempt);
+    wire.set(header::STARTED_AT, humantime::format_rfc3339_micros(properties.started_at));
+    wire.set(header::DURATION_US, properties.duration.as_micros());
+    wire
+}
+
+impl Message {
+    /// Reads a message; what cannot be read comes back [whole](Message::Unreadable).
+    ///
+    /// `queue` is the atom whose queue it was found in: senders that are not Atomizer need not name it.
+    #[must_use]
+    pub fn from_wire(wire: Wire, queue: Option<&AtomId>) -> Self {
+        let read = match wire.kind.as_deref() {
+            None | Some(ELECTRON) => decode_electron(wire.clone(), queue).map(Self::from),
+            Some(ANSWER) => decode_answer(wire.clone()).map(Self::from),
+            Some(other) => Err(format!("unknown type {other:?}")),
+        };
+        read.unwrap_or_else(|reason| Self::Unreadable(Arc::new(Unreadable { wire, reason })))
+    }
+}
+
+fn check_version(wire: &mut Wire) -> Result<(), String> {
+    match wire.take::<u32>(header::VERSION)? {
+        Some(version) if version > VERSION => {
+            Err(format!("version {version} is newer than {VERSION}, the newest known here"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn decode_electron(mut wire: Wire, queue: Option<&AtomId>) -> Result<Electron, String> {
+    check_version(&mut wire)?;
+    let atom = match wire.take::<String>(header::ATOM)? {
+        Some(atom) => AtomId::try_new(atom).map_err(|error| error.to_string())?,
+        None => queue.cloned().ok_or_else(|| format!("header {} is missing", header::ATOM))?,
+    };
+    let id = match wire.id.take() {
+        Some(id) => parse("id", &id)?,
+        None => ElectronId::new(),
+    };
+    let sender = match wire.take::<String>(header::SENDER)? {
+        Some(sender) => Some(NodeId::try_new(sender).map_err(|error| error.to_string())?),
+        None => None,
+    };
+    let index = wire.take(header::INDEX)?.unwrap_or(0);
+    let parent = wire.take(header::PARENT)?.map(|id| Parent { id, index });
+    let history = match wire.take::<String>(header::HISTORY)? {
+        Some(history) => serde_json::from_str(&history).map_err(|error| error.to_string())?,
+        None => Vec::new(),
+    };
+    Ok(Electron {
+        id,
+        atom,
+        reply_to: wire.reply_to.take().map(ReplyTo::new),
+        correlation_id: wire.correlation_id.take(),
+        sender,
+        parent,
+        attempts: wire.take(header::ATTEMPT)?.unwrap_or(0),
+        time_limit: wire.take(header::TIME_LIMIT_MS)?.map(Duration::from_millis),
+        history,
+        payload: payload(wire.content_type.as_deref(), wire.body),
+        extra: wire.headers,
+    })
+}
+
+fn decode_answer(mut wire: Wire) -> Result<Properties, String> {
+    check_version(&mut wire)?;
+    let outcome = match wire.require::<String>(header::STATUS)?.as_str() {
+        STATUS_OK => Ok(payload(wire.content_type.as_deref(), wire.body.clone())),
+        STATUS_FAILED => {
+            let failure: Failure =
+                serde_json::from_slice(&wire.body).map_err(|error| error.to_string())?;
+            Err(failure)
+        }
+        other => return Err(format!("unknown status {other:?}")),
+    };
+    let atom = AtomId::try_new(wire.require::<String>(header::ATOM)?)
+        .map_err(|error| error.to_string())?;
+    let node = NodeId::try_new(wire.require::<String>(header::NODE)?)
+        .map_err(|error| error.to_string())?;
+    let started_at = humantime::parse_rfc3339(&wire.require::<String>(header::STARTED_AT)?)
+        .map_err(|error| format!("{}: {error}", header::STARTED_AT))?;
+    let electron: ElectronId = wire.require(header::ELECTRON)?;
+    Ok(Properties {
+        electron,
+        correlation_id: (wire.correlation_id.take()).filter(|id| *id != electron.to_string()),
+        atom,
+        node,
+        attempt: wire.require(header::ATTEMPT)?,
+        started_at,
+        duration: Duration::from_micros(wire.require(header::DURATION_US)?),
+        outcome,
+    })
+}
+
+fn payload(content_type: Option<&str>, body: Bytes) -> Payload {
+    Payload { content_type: content_type.map_or(ContentType::Json, ContentType::from), body }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,289 @@
+//! Runs the electrons of one atom from one conductor: receive, admit, run, settle.
+//!
+//! One task owns all state. Tickets stay here, outside the atoms' futures, so that a panic, an error and a
+//! time limit all come back to the task that settles.
+
+use std::{
+    collections::VecDeque,
+    num::NonZeroUsize,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use rustc_hash::FxHashMap;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use crate::{
+    AtomId, Context, Delivery, Electron, EventKind, Message, Options, RawAtom, Source, Ticket,
+    admission::{Lane, Permit, Priority, Slot},
+    ask::Asker,
+    clock,
+    intake::{Intake, Taken},
+    node::Stage,
+    run::{self, Run, RunResult},
+    settle::{Settled, Settlement, Settler, Verdict, settle},
+};
+
+/// An atom as a node knows it; shared by the workers of all its conductors.
+#[derive(Clone)]
+pub(crate) struct Registered {
+    pub(crate) id: AtomId,
+    pub(crate) atom: Arc<dyn RawAtom>,
+    pub(crate) options: Options,
+    pub(crate) lane: Lane,
+}
+
+impl Registered {
+    /// What a node holds of one atom's queue: what can run, and a little in hand so that the next is there
+    /// when a permit comes free. More in hand would sit here while other nodes idle.
+    fn window(&self) -> NonZeroUsize {
+        const IN_HAND_MAX: usize = 64;
+        let limit = self.options.concurrency_limit();
+        NonZeroUsize::new(limit + limit.min(IN_HAND_MAX)).expect("a limit is at least 1")
+    }
+}
+
+pub(crate) struct Worker {
+    asker: Asker,
+    atom: Registered,
+    settler: Settler,
+    intake: Intake,
+    /// Received, not begun.
+    ready: VecDeque<(Arc<Electron>, Ticket)>,
+    /// A place in the queue for a permit, while something is ready and there was none.
+    queued: Option<oneshot::Receiver<Permit>>,
+    in_flight: FxHashMap<u64, InFlight>,
+    next_key: u64,
+    finished: mpsc::UnboundedReceiver<(u64, RunResult)>,
+    finish: mpsc::UnboundedSender<(u64, RunResult)>,
+    results: Vec<(u64, RunResult)>,
+    settling: FuturesUnordered<BoxFuture<'static, Settled>>,
+    draining: bool,
+}
+
+struct InFlight {
+    electron: Arc<Electron>,
+    ticket: Ticket,
+    began: Began,
+    _run: Run,
+}
+
+/// A moment on both clocks: one to tell people, one to measure with.
+#[derive(Clone, Copy)]
+struct Began {
+    at: SystemTime,
+    instant: Instant,
+}
+
+impl Began {
+    fn now() -> Self {
+        Self { at: clock::now(), instant: Instant::now() }
+    }
+}
+
+/// How many runs are settled together at the most.
+const BATCH_MAX: usize = 256;
+
+/// What can happen next.
+enum Step {
+    Taken(Taken),
+    Admitted(Permit),
+    /// So many runs finished; they are in [`Worker::results`].
+    Finished(usize),
+    Settled(Settled),
+    Reached(Stage),
+}
+
+impl Worker {
+    pub(crate) fn new(asker: Asker, atom: Registered) -> Self {
+        let Asker { node, link } = &asker;
+        let source = Source::Atom(atom.id.clone());
+        let intake = Intake::new(Arc::clone(node), Arc::clone(link), source, atom.window());
+        let settler = Settler { node: node.id.clone(), atom: atom.id.clone() };
+        #[expect(clippy::disallowed_methods, reason = "each run in flight puts in one result")]
+        let (finish, finished) = mpsc::unbounded_channel();
+        Self {
+            asker,
+            atom,
+            settler,
+            intake,
+            ready: VecDeque::new(),
+            queued: None,
+            in_flight: FxHashMap::default(),
+            next_key: 0,
+            finished,
+            finish,
+            results: Vec::new(),
+            settling: FuturesUnordered::new(),
+            draining: false,
+        }
+    }
+
+    /// Works until the node drains and all is settled, or until it aborts.
+    pub(crate) async fn run(mut self) {
+        let mut stage = self.asker.node.stage.clone();
+        let mut next_stage = Stage::Draining;
+        loop {
+            if self.draining && self.in_flight.is_empty() && self.settling.is_empty() {
+                return;
+            }
+            let reached = stage
+                .wait_for(|now| *now >= next_stage)
+                .map(|now| now.map_or(Stage::Aborting, |now| *now));
+            match self.step(reached).await {
+                Step::Taken(Taken::Deliveries(deliveries)) => self.on_deliveries(deliveries),
+                Step::Taken(Taken::Lost) => self.ready.clear(),
+                Step::Admitted(permit) => self.on_admitted(permit),
+                Step::Finished(count) => self.on_finished(count),
+                Step::Settled(settled) => self.on_settled(settled),
+                Step::Reached(Stage::Draining | Stage::Cancelling) if !self.draining => {
+                    next_stage = Stage::Aborting;
+                    self.on_drain().await;
+                }
+                Step::Reached(_) => return,
+            }
+        }
+    }
+
+    async fn step(&mut self, reached: impl Future<Output = Stage>) -> Step {
+        let room = self.atom.window().get().saturating_sub(self.ready.len());
+        let max = NonZeroUsize::new(room).filter(|_| !self.draining);
+        tokio::select! {
+            biased;
+            stage = reached => Step::Reached(stage),
+            Some(settled) = self.settling.next() => Step::Settled(settled),
+            count = self.finished.recv_many(&mut self.results, BATCH_MAX) => Step::Finished(count),
+            Ok(permit) = queued(self.queued.as_mut()) => Step::Admitted(permit),
+            taken = take(&mut self.intake, max) => Step::Taken(taken),
+        }
+    }
+
+    fn on_deliveries(&mut self, deliveries: Vec<Delivery>) {
+        let mut unfit = Vec::new();
+        for Delivery { message, redeliveries, ticket } in deliveries {
+            let electron = match message {
+                Message::Electron(electron) => electron,
+                other => {
+                    unfit.push(self.settler.unreadable(ticket, other));
+                    continue;
+                }
+            };
+            let id = electron.id;
+            self.emit(|atom| EventKind::Received { electron: id, atom, redeliveries });
+            if electron.atom == self.atom.id {
+                self.ready.push_back((electron, ticket));
+            } else {
+                unfit.push(self.settler.misdirected(ticket, electron));
+            }
+        }
+        self.settle(unfit, Duration::ZERO);
+        self.start_ready();
+    }
+
+    fn on_admitted(&mut self, permit: Permit) {
+        self.queued = None;
+        if let Some((electron, ticket)) = self.ready.pop_front() {
+            self.start(electron, ticket, permit, Began::now());
+        }
+        self.start_ready();
+    }
+
+    /// Starts what there are permits for, and queues for one more when something is left.
+    fn start_ready(&mut self) {
+        if self.queued.is_some() || self.ready.is_empty() {
+            return;
+        }
+        let admission = Arc::clone(&self.asker.node.admission);
+        let began = Began::now();
+        while let Some((electron, ticket)) = self.ready.pop_front() {
+            let Some(permit) = admission.try_acquire(self.atom.lane) else {
+                self.ready.push_front((electron, ticket));
+                self.queued = Some(admission.acquire(self.atom.lane, Priority::Start));
+                return;
+            };
+            self.start(electron, ticket, permit, began);
+        }
+    }
+
+    fn start(&mut self, electron: Arc<Electron>, ticket: Ticket, permit: Permit, began: Began) {
+        let (id, attempt) = (electron.id, electron.attempts + 1);
+        self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
+        let slot = Arc::new(Slot::new(permit));
+        let context = Context::new(self.asker.clone(), Arc::clone(&electron), slot);
+        let key = self.next_key;
+        self.next_key += 1;
+        let finish = self.finish.clone();
+        let report = move |result| {
+            // An error says that the worker is gone, and with it the ticket.
+            drop(finish.send((key, result)));
+        };
+        let run = run::spawn(Arc::clone(&self.atom.atom), context, &self.atom.options, report);
+        self.in_flight.insert(key, InFlight { electron, ticket, began, _run: run });
+    }
+
+    /// Settles all that has finished by now in one batch.
+    fn on_finished(&mut self, count: usize) {
+        let mut batch = Vec::with_capacity(count);
+        let now = Instant::now();
+        for (key, result) in self.results.drain(..) {
+            let ran = self.in_flight.remove(&key).expect("each run reports once");
+            let InFlight { electron, ticket, began, .. } = ran;
+            let took = now.saturating_duration_since(began.instant);
+            batch.push(self.settler.electron(ticket, electron, began.at, took, result));
+        }
+        self.settle(batch, Duration::ZERO);
+        self.start_ready();
+    }
+
+    fn on_settled(&self, settled: Settled) {
+        for (ending, result) in settled {
+            match self.settler.decide(ending, result) {
+                Verdict::Ended(ending) => {
+                    ending.log(&self.atom.id);
+                    self.emit(|atom| ending.into_event(atom));
+                }
+                Verdict::Again { settlement, after } => self.settle(vec![settlement], after),
+            }
+        }
+    }
+
+    fn settle(&self, batch: Vec<Settlement>, after: Duration) {
+        if !batch.is_empty() {
+            self.settling.push(settle(self.intake.session(), batch, after));
+        }
+    }
+
+    /// Takes no more, and gives back what has not begun.
+    async fn on_drain(&mut self) {
+        self.draining = true;
+        self.queued = None;
+        self.ready.clear();
+        self.intake.stop().await;
+    }
+
+    fn emit(&self, kind: impl FnOnce(AtomId) -> EventKind) {
+        let Asker { node, link } = &self.asker;
+        node.events.emit(Some(link.id()), || kind(self.atom.id.clone()));
+    }
+}
+
+async fn queued(
+    place: Option<&mut oneshot::Receiver<Permit>>,
+) -> Result<Permit, oneshot::error::RecvError> {
+    match place {
+        Some(place) => place.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Takes deliveries while there is room for some.
+async fn take(intake: &mut Intake, max: Option<NonZeroUsize>) -> Taken {
+    match max {
+        Some(max) => intake.next(max).await,
+        None => std::future::pending().await,
+    }
+}

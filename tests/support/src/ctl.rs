@@ -1,0 +1,115 @@
+//! `rabbitmqctl`, for what the management interface tells late or not at all.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::error::BrokerError;
+use crate::process;
+use crate::settings::{LOCAL_ONLY, set_common};
+use crate::vhost::Depth;
+
+/// A call takes half a second; much longer where the machine is busy.
+const CALL_MAX: Duration = Duration::from_secs(60);
+
+/// `rabbitmqctl`, set up for one node.
+#[derive(Clone, Debug)]
+pub(crate) struct Ctl {
+    pub(crate) program: PathBuf,
+    /// The node's folder, which holds its cookie.
+    pub(crate) home: PathBuf,
+    pub(crate) epmd_port: u16,
+    pub(crate) node: String,
+}
+
+impl Ctl {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Result<String, BrokerError> {
+        let mut command = Command::new(&self.program);
+        set_common(&mut command, &self.home, self.epmd_port, &self.node);
+        command
+            .env("RABBITMQ_CTL_ERL_ARGS", LOCAL_ONLY)
+            .arg("--quiet")
+            .args(arguments);
+        let shown = arguments.first().copied().unwrap_or_default();
+        let output = process::output(&mut command, &format!("rabbitmqctl {shown}"), CALL_MAX)?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() {
+            return Ok(text);
+        }
+        Err(BrokerError::Ctl {
+            command: arguments.join(" "),
+            output: format!("{text}{}", String::from_utf8_lossy(&output.stderr)),
+        })
+    }
+
+    /// Asks the queue's own process how much it holds.
+    ///
+    /// Everything else lags: the management interface, and for quorum queues `list_queues` too,
+    /// show counters that are renewed every five seconds.
+    pub(crate) fn depth(&self, vhost: &str, queue: &str) -> Result<Option<Depth>, BrokerError> {
+        let program = format!(
+            "Name = rabbit_misc:r({}, queue, {}),
+            Ask = fun(S) -> {{rabbit_fifo:query_messages_ready(S),
+                              rabbit_fifo:query_messages_checked_out(S)}} end,
+            case rabbit_amqqueue:lookup(Name) of
+                {{ok, Q}} ->
+                    case amqqueue:get_type(Q) of
+                        rabbit_quorum_queue ->
+                            {{ok, {{_, D}}, _}} = ra:leader_query(amqqueue:get_pid(Q), Ask), D;
+                        _ ->
+                            [{{_, R}}, {{_, U}}] = rabbit_amqqueue:info(
+                                Q, [messages_ready, messages_unacknowledged]), {{R, U}}
+                    end;
+                _ -> none
+            end.",
+            binary(vhost),
+            binary(queue)
+        );
+        let answer = self.run(&["eval", &program])?;
+        let answer = answer.trim();
+        if answer == "none" {
+            return Ok(None);
+        }
+        parse_depth(answer)
+            .map(Some)
+            .ok_or_else(|| BrokerError::Unexpected {
+                what: "a queue's depth",
+                text: answer.to_owned(),
+            })
+    }
+}
+
+/// Parses `{ready,unacknowledged}`.
+fn parse_depth(answer: &str) -> Option<Depth> {
+    let (ready, unacknowledged) = answer
+        .strip_prefix('{')?
+        .strip_suffix('}')?
+        .split_once(',')?;
+    Some(Depth {
+        ready: ready.trim().parse().ok()?,
+        unacknowledged: unacknowledged.trim().parse().ok()?,
+    })
+}
+
+/// Returns the text as an Erlang binary, by its bytes so that nothing needs escaping.
+fn binary(text: &str) -> String {
+    let bytes: Vec<String> = text.bytes().map(|byte| byte.to_string()).collect();
+    format!("<<{}>>", bytes.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{binary, parse_depth};
+    use crate::vhost::Depth;
+
+    #[test]
+    fn erlang_is_spoken_well_enough() {
+        assert_eq!(binary("a\""), "<<97,34>>");
+        let depth = Depth {
+            ready: 3,
+            unacknowledged: 0,
+        };
+        assert_eq!(parse_depth("{3,0}"), Some(depth));
+        assert_eq!(parse_depth("{error,x}"), None);
+    }
+}

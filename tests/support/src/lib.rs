@@ -1,0 +1,37 @@
+//! Private RabbitMQ brokers for tests, and faults on the way to them.
+//!
+//! - [`Broker::start`] starts a broker of one's own, which may be killed, stopped, paused and
+//!   started again on the same data and ports.
+//! - [`shared`] gives the one broker that tests share; each takes a [`Vhost`] of its own on it.
+//! - [`Proxy`] stands between a client and a broker and cuts, refuses or stalls the link.
+//!
+//! A missing RabbitMQ is an error that says how to install it ([`Missing`]): a test that needs a
+//! broker fails without one, it is never skipped.
+//!
+//! Everything listens on 127.0.0.1 only. A broker never outlives the process that started it, nor
+//! does its data folder, not even when that process is killed: a guard process sees to it.
+//!
+//! All calls block; from asynchronous code, run the slow ones on a thread for blocking work.
+
+mod broker;
+mod ctl;
+mod env;
+mod error;
+mod guard;
+mod http;
+mod node;
+mod ports;
+mod process;
+mod proxy;
+pub mod server;
+mod settings;
+mod shared;
+mod vhost;
+
+pub use broker::Broker;
+pub use error::BrokerError;
+pub use node::{Node, Permissions};
+pub use proxy::Proxy;
+pub use server::{Missing, Server};
+pub use shared::{SHARED_BROKER, shared};
+pub use vhost::{Binding, Depth, Exchange, Queue, Vhost};

@@ -1,0 +1,2 @@
+#[test] fn zz_a(){panic!()}
+#[test] fn zz_b(){}

@@ -1,0 +1,39 @@
+//! `cargo xtask bench`.
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::cargo::cargo;
+
+/// What can be measured.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Bench {
+    /// Measures the path of an electron within one process, without a broker.
+    #[command(disable_help_flag = true)]
+    InProcess {
+        /// Arguments of the benchmark itself; `--help` lists them.
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "ARGS"
+        )]
+        arguments: Vec<String>,
+    },
+}
+
+/// Builds the benchmark in release mode and runs it.
+pub(crate) fn run(bench: &Bench) -> Result<()> {
+    match bench {
+        Bench::InProcess { arguments } => run_bin("in-process", arguments),
+    }
+}
+
+fn run_bin(name: &str, arguments: &[String]) -> Result<()> {
+    let build = "run --release --quiet --package atomizer-bench --bin";
+    let status = cargo(build.split(' '))
+        .args([name, "--"])
+        .args(arguments)
+        .status()
+        .context("failed to run cargo")?;
+    ensure!(status.success(), "the benchmark failed: {status}");
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! `cargo xtask ci`.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::cargo::{cargo, has, root};
+use crate::{stream, test};
+
+/// The README's first command, and how the last line of its output begins.
+const EXAMPLE: &str = "cargo run --release --example montecarlo";
+const EXAMPLE_SAYS: &str = "pi=3.14";
+
+/// What a step came to, where it did not fail.
+enum Outcome {
+    Done,
+    Skipped(&'static str),
+}
+
+type Step = (&'static str, fn() -> Result<Outcome>);
+
+const STEPS: [Step; 6] = [
+    ("format", format),
+    ("clippy", clippy),
+    ("documentation", documentation),
+    ("dependencies", dependencies),
+    ("tests", tests),
+    ("first example", first_example),
+];
+
+/// Takes the steps in order and stops at the first that fails.
+pub(crate) fn run() -> Result<()> {
+    let mut rows = Vec::new();
+    let mut result = Ok(());
+    for (name, step) in STEPS {
+        println!("\n== {name}");
+        let start = Instant::now();
+        let outcome = step();
+        let took = start.elapsed();
+        match outcome {
+            Ok(Outcome::Done) => rows.push((name, took, "ok".to_owned())),
+            Ok(Outcome::Skipped(why)) => {
+                println!("skipped: {why}");
+                rows.push((name, took, format!("skipped: {why}")));
+            }
+            Err(error) => {
+                rows.push((name, took, "FAILED".to_owned()));
+                result = Err(error.context(format!("the step \"{name}\" failed")));
+                break;
+            }
+        }
+    }
+    print_table(&rows);
+    result
+}
+
+fn print_table(rows: &[(&str, Duration, String)]) {
+    println!("\n{:<14} {:>8}  outcome", "step", "seconds");
+    for (name, took, outcome) in rows {
+        println!("{name:<14} {:>8.1}  {outcome}", took.as_secs_f64());
+    }
+}
+
+fn format() -> Result<Outcome> {
+    call(&mut cargo(["fmt", "--all", "--check"]))
+}
+
+fn clippy() -> Result<Outcome> {
+    let arguments = "clippy --workspace --all-targets -- -D warnings";
+    call(&mut cargo(arguments.split(' ')))
+}
+
+fn documentation() -> Result<Outcome> {
+    let mut command = cargo(["doc", "--workspace", "--no-deps"]);
+    call(command.env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+fn dependencies() -> Result<Outcome> {
+    if !has("deny") {
+        return Ok(Outcome::Skipped("cargo-deny is not installed"));
+    }
+    call(&mut cargo("deny check bans licenses sources".split(' ')))
+}
+
+fn tests() -> Result<Outcome> {
+    let options = test::Options {
+        yes: true,
+        ..test::Options::default()
+    };
+    test::run(&options).map(|()| Outcome::Done)
+}
+
+/// Does what a newcomer does first.
+fn first_example() -> Result<Outcome> {
+    let readme =
+        fs::read_to_string(root().join("README.md")).context("failed to read README.md")?;
+    ensure!(
+        readme.contains(EXAMPLE),
+        "README.md does not tell to type `{EXAMPLE}`"
+    );
+    let mut command = cargo(EXAMPLE.split(' ').skip(1));
+    let ended = stream::run(&mut command, |last: &mut String, line| {
+        if !line.trim().is_empty() {
+            line.trim().clone_into(last);
+        }
+    })?;
+    ensure!(
+        ended.status.success(),
+        "`{EXAMPLE}` failed: {}",
+        ended.status
+    );
+    let last = ended.stdout;
+    ensure!(
+        last.starts_with(EXAMPLE_SAYS),
+        "the last line should begin with {EXAMPLE_SAYS} and is: {last}"
+    );
+    Ok(Outcome::Done)
+}
+
+fn call(command: &mut Command) -> Result<Outcome> {
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("failed to run {command:?}"))?;
+    if !status.success() {
+        bail!("cargo failed: {status}");
+    }
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,76 @@
+//! The chores of this repository, as `cargo xtask COMMAND`.
+
+mod bench;
+mod cargo;
+mod ci;
+mod counts;
+mod install;
+mod stream;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The chores of this repository.
+///
+/// Everything that needs a broker gets a private RabbitMQ, which listens on 127.0.0.1 only and is
+/// gone afterwards, even after an interrupt. An installed rabbitmq-server is all that is needed;
+/// `cargo xtask test` installs it where it may.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    after_help = "\
+Exit status: 0 done, 1 failed, 2 wrongly typed.
+
+Environment:
+  ATOMIZER_RABBITMQ_SERVER  the rabbitmq-server script to use, instead of the installed one
+
+Examples:
+  cargo xtask test                    run every test
+  cargo xtask test -- outage          run the tests whose names contain \"outage\"
+  cargo xtask ci                      do everything that is checked before a merge
+  cargo xtask bench in-process --help say what the benchmark can do"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the tests against a private RabbitMQ.
+    ///
+    /// Installs RabbitMQ first where it is missing and this is allowed to (as root, or with a sudo
+    /// that asks for no password); else says what to type. Uses cargo-nextest where it is
+    /// installed, else `cargo test`; then runs the documentation's tests.
+    ///
+    /// The last line of the output is `passed=N failed=N rabbitmq=VERSION`, with the version that
+    /// the broker itself reports. A missing broker, a failed build and a run without any test are
+    /// failures.
+    Test(test::Options),
+    /// Does everything that is checked before a merge, and stops at the first failure.
+    ///
+    /// Formatting, clippy, documentation, licences and sources of dependencies (with cargo-deny,
+    /// where it is installed), the tests, and the first command of the README.
+    Ci,
+    /// Measures how fast things are.
+    #[command(subcommand)]
+    Bench(bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Test(options) => test::run(&options),
+        Command::Ci => ci::run(),
+        Command::Bench(bench) => bench::run(&bench),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
