@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AtomId, ElectronId, NodeId, Payload};
+use crate::{AtomId, Electron, ElectronId, NodeId, Payload, clock};
 
 /// The outcome of one electron: what the asker is answered.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +29,23 @@ pub struct Properties {
     pub duration: Duration,
     /// The output, or how it failed.
     pub outcome: Result<Payload, Failure>,
+}
+
+impl Properties {
+    /// Makes the outcome of an attempt that begins and ends now.
+    #[must_use]
+    pub fn new(electron: &Electron, node: NodeId, outcome: Result<Payload, Failure>) -> Self {
+        Self {
+            electron: electron.id,
+            correlation_id: electron.correlation_id.clone(),
+            atom: electron.atom.clone(),
+            node,
+            attempt: electron.attempts + 1,
+            started_at: clock::now(),
+            duration: Duration::ZERO,
+            outcome,
+        }
+    }
 }
 
 /// How an attempt failed, in a form that travels.

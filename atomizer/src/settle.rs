@@ -109,16 +109,9 @@ impl Settler {
         let failure = result.as_ref().err().cloned();
         let emit = match &electron.reply_to {
             Some(reply_to) => {
-                let properties = Properties {
-                    electron: electron.id,
-                    correlation_id: electron.correlation_id.clone(),
-                    atom: self.atom.clone(),
-                    node: self.node.clone(),
-                    attempt: electron.attempts + 1,
-                    started_at,
-                    duration: took,
-                    outcome: result,
-                };
+                let mut properties = Properties::new(&electron, self.node.clone(), result);
+                properties.started_at = started_at;
+                properties.duration = took;
                 vec![Envelope::new(Address::Reply(reply_to.clone()), properties.into())]
             }
             None => (failure.clone())

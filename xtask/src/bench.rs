@@ -11,11 +11,7 @@ pub(crate) enum Bench {
     #[command(disable_help_flag = true)]
     InProcess {
         /// Arguments of the benchmark itself; `--help` lists them.
-        #[arg(
-            trailing_var_arg = true,
-            allow_hyphen_values = true,
-            value_name = "ARGS"
-        )]
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
 }

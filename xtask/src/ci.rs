@@ -85,10 +85,7 @@ fn dependencies() -> Result<Outcome> {
 }
 
 fn tests() -> Result<Outcome> {
-    let options = test::Options {
-        yes: true,
-        ..test::Options::default()
-    };
+    let options = test::Options { yes: true, ..test::Options::default() };
     test::run(&options).map(|()| Outcome::Done)
 }
 
@@ -96,21 +93,15 @@ fn tests() -> Result<Outcome> {
 fn first_example() -> Result<Outcome> {
     let readme =
         fs::read_to_string(root().join("README.md")).context("failed to read README.md")?;
-    ensure!(
-        readme.contains(EXAMPLE),
-        "README.md does not tell to type `{EXAMPLE}`"
-    );
+    ensure!(readme.contains(EXAMPLE), "README.md does not tell to type `{EXAMPLE}`");
     let mut command = cargo(EXAMPLE.split(' ').skip(1));
-    let ended = stream::run(&mut command, |last: &mut String, line| {
+    let keep_last = |last: &mut String, line: &str| {
         if !line.trim().is_empty() {
             line.trim().clone_into(last);
         }
-    })?;
-    ensure!(
-        ended.status.success(),
-        "`{EXAMPLE}` failed: {}",
-        ended.status
-    );
+    };
+    let ended = stream::run(&mut command, drop, keep_last)?;
+    ensure!(ended.status.success(), "`{EXAMPLE}` failed: {}", ended.status);
     let last = ended.stdout;
     ensure!(
         last.starts_with(EXAMPLE_SAYS),

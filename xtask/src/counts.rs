@@ -7,18 +7,35 @@ pub(crate) struct Counts {
     pub(crate) failed: u64,
 }
 
+/// Whose summary to look for.
+///
+/// Only one's, for what a failed test writes may contain the other's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Runner {
+    Nextest,
+    Libtest,
+}
+
 impl Counts {
-    /// Adds what a line tells, if it sums up a run.
-    pub(crate) fn read(&mut self, line: &str) {
+    /// Takes in what a line tells, if it sums up a run.
+    pub(crate) fn read(&mut self, runner: Runner, line: &str) {
         let line = without_colours(line);
-        if let Some(summary) = summary(line.trim()) {
-            for (number, what) in numbers(&summary) {
-                match what.as_str() {
-                    "passed" => self.passed += number,
-                    "failed" | "timed out" | "exec failed" => self.failed += number,
-                    _ => {}
-                }
+        let Some(summary) = runner.summary(line.trim()) else {
+            return;
+        };
+        let mut run = Self::default();
+        for (number, what) in numbers(&summary) {
+            match what.as_str() {
+                "passed" => run.passed += number,
+                "failed" | "timed out" | "exec failed" => run.failed += number,
+                _ => {}
             }
+        }
+        match runner {
+            // One summary for all, at the end.
+            Runner::Nextest => *self = run,
+            // One for each binary.
+            Runner::Libtest => self.add(run),
         }
     }
 
@@ -29,16 +46,22 @@ impl Counts {
     }
 }
 
-/// Returns the part with the numbers, where the line sums up a run.
-fn summary(line: &str) -> Option<String> {
-    // nextest: "Summary [   0.019s] 3/4 tests run: 2 passed (1 slow, 1 flaky), 1 failed, 0 skipped"
-    if line.starts_with("Summary [") {
-        let (_, summary) = line.split_once(" run: ")?;
-        return Some(without_brackets(summary));
+impl Runner {
+    /// Returns the part with the numbers, where the line sums up a run.
+    fn summary(self, line: &str) -> Option<String> {
+        match self {
+            // "Summary [   0.019s] 3/4 tests run: 2 passed (1 slow, 1 flaky), 1 failed"
+            Self::Nextest => {
+                let (_, summary) = line.strip_prefix("Summary [")?.split_once(" run: ")?;
+                Some(without_brackets(summary))
+            }
+            // "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; finished in 0.00s"
+            Self::Libtest => {
+                let (_, summary) = line.strip_prefix("test result: ")?.split_once(". ")?;
+                Some(summary.to_owned())
+            }
+        }
     }
-    // libtest: "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; finished in 0.00s"
-    let (_, summary) = line.strip_prefix("test result: ")?.split_once(". ")?;
-    Some(summary.to_owned())
 }
 
 fn numbers(summary: &str) -> impl Iterator<Item = (u64, String)> {
@@ -82,40 +105,44 @@ fn without_colours(line: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::Counts;
+    use super::{Counts, Runner};
 
-    fn count(line: &str) -> (u64, u64) {
+    fn count(runner: Runner, lines: &[&str]) -> (u64, u64) {
         let mut counts = Counts::default();
-        counts.read(line);
+        for line in lines {
+            counts.read(runner, line);
+        }
         (counts.passed, counts.failed)
     }
 
     #[test]
     fn nextest_is_understood() {
-        let line = "     Summary [   0.019s] 3 tests run: 3 passed, 0 skipped";
-        assert_eq!(count(line), (3, 0));
-        let line = "     Summary [  9.1s] 7/9 tests run: 4 passed (1 slow, 2 leaky), 1 failed, \
+        let plain = "     Summary [   0.019s] 3 tests run: 3 passed, 0 skipped";
+        assert_eq!(count(Runner::Nextest, &[plain]), (3, 0));
+        let long = "     Summary [  9.1s] 7/9 tests run: 4 passed (1 slow, 2 leaky), 1 failed, \
                     1 timed out, 1 exec failed, 2 skipped";
-        assert_eq!(count(line), (4, 3));
-        let line = "\u{1b}[31;1m     Summary\u{1b}[0m [   0.019s] \u{1b}[1m1\u{1b}[0m test run: \
-                    \u{1b}[1m0\u{1b}[0m \u{1b}[32;1mpassed\u{1b}[0m, \u{1b}[1m1\u{1b}[0m failed";
-        assert_eq!(count(line), (0, 1));
+        assert_eq!(count(Runner::Nextest, &[plain, long]), (4, 3));
+        let coloured = "\u{1b}[31;1m     Summary\u{1b}[0m [   0.019s] \u{1b}[1m1\u{1b}[0m test \
+                        run: \u{1b}[1m0\u{1b}[0m \u{1b}[32;1mpassed\u{1b}[0m, \
+                        \u{1b}[1m1\u{1b}[0m failed";
+        assert_eq!(count(Runner::Nextest, &[coloured]), (0, 1));
     }
 
     #[test]
     fn libtest_is_understood() {
-        let line = "test result: FAILED. 5 passed; 2 failed; 1 ignored; 0 measured; 0 filtered \
-                    out; finished in 0.01s";
-        assert_eq!(count(line), (5, 2));
-        assert_eq!(
-            count("test result: ok. 1 passed; 0 failed; finished"),
-            (1, 0)
-        );
+        let failed = "test result: FAILED. 5 passed; 2 failed; 1 ignored; 0 measured; 0 filtered \
+                      out; finished in 0.01s";
+        let passed = "test result: ok. 1 passed; 0 failed; finished";
+        assert_eq!(count(Runner::Libtest, &[failed, passed]), (6, 2));
+        // What nextest shows of a failed test.
+        assert_eq!(count(Runner::Nextest, &[failed]), (0, 0));
     }
 
     #[test]
     fn other_lines_count_nothing() {
-        assert_eq!(count("PASS [   0.003s] 1 passed, 2 failed"), (0, 0));
-        assert_eq!(count("test a::b ... ok"), (0, 0));
+        for line in ["PASS [   0.003s] 1 passed, 2 failed", "test a::b ... ok"] {
+            assert_eq!(count(Runner::Nextest, &[line]), (0, 0));
+            assert_eq!(count(Runner::Libtest, &[line]), (0, 0));
+        }
     }
 }

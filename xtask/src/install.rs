@@ -4,7 +4,7 @@ use std::io::{IsTerminal as _, Write as _, stdin, stdout};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
-use atomizer_test_support::{Missing, server};
+use atomizer_test_support::server;
 
 /// Runs as root. The package would start a broker that listens on all interfaces; Debian's way to
 /// forbid that is a `policy-rc.d` that says no (101). One that exists is left alone.
@@ -31,10 +31,13 @@ pub(crate) fn ensure_rabbitmq(yes: bool) -> Result<()> {
     let Err(missing) = server::find() else {
         return Ok(());
     };
+    if !missing.is_installable() {
+        return Err(missing.into());
+    }
     let Some(mut command) = installer() else {
         return Err(missing.into());
     };
-    println!("{}", first_line(&missing));
+    println!("{}.", missing.what());
     println!(
         "It can be installed now with apt-get (update, then install rabbitmq-server). The service \
          that comes with it is kept from starting: the tests start brokers of their own."
@@ -42,19 +45,11 @@ pub(crate) fn ensure_rabbitmq(yes: bool) -> Result<()> {
     if !yes && stdin().is_terminal() && !confirmed()? {
         return Err(missing.into());
     }
-    let status = command
-        .stdin(Stdio::null())
-        .status()
-        .context("failed to run apt-get")?;
+    let status = command.stdin(Stdio::null()).status().context("failed to run apt-get")?;
     if !status.success() {
         bail!("apt-get failed ({status}); {missing}");
     }
     server::find().map(drop).map_err(Into::into)
-}
-
-fn first_line(missing: &Missing) -> String {
-    let text = missing.to_string();
-    text.split(';').next().unwrap_or_default().to_owned() + "."
 }
 
 /// Returns the command that installs RabbitMQ, where there is apt-get and the right to use it.

@@ -16,9 +16,11 @@ pub(crate) struct Ended<T> {
 
 /// Runs the command, shows what it writes, and gives each line to `read` too.
 ///
-/// The child stays in our process group: an interrupt from the terminal reaches it as well.
-pub(crate) fn run<T: Default + Send>(
+/// The child stays in our process group: an interrupt from the terminal reaches it as well. What
+/// `watch` makes of its pid is kept until it has ended.
+pub(crate) fn run<T: Default + Send, W>(
     command: &mut Command,
+    watch: impl FnOnce(u32) -> W,
     read: impl Fn(&mut T, &str) + Sync,
 ) -> Result<Ended<T>> {
     if stdout().is_terminal() {
@@ -31,6 +33,7 @@ pub(crate) fn run<T: Default + Send>(
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("failed to run {command:?}"))?;
+    let watched = watch(child.id());
     let (out, err) = (child.stdout.take(), child.stderr.take());
     let read = &read;
     let (stdout, stderr) = thread::scope(|scope| {
@@ -39,11 +42,8 @@ pub(crate) fn run<T: Default + Send>(
         (stdout, stderr.join().unwrap_or_default())
     });
     let status = child.wait().context("failed to wait for cargo")?;
-    Ok(Ended {
-        status,
-        stdout,
-        stderr,
-    })
+    drop(watched);
+    Ok(Ended { status, stdout, stderr })
 }
 
 fn pass_on<T: Default>(
@@ -55,10 +55,7 @@ fn pass_on<T: Default>(
     let Some(from) = from else { return value };
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
-    while from
-        .read_until(b'\n', &mut line)
-        .is_ok_and(|length| length > 0)
-    {
+    while from.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
         // Nobody may be listening any more; the run is counted all the same.
         drop(to.write_all(&line).and_then(|()| to.flush()));
         read(&mut value, &String::from_utf8_lossy(&line));

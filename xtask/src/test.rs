@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, bail};
 use atomizer_test_support::{Broker, SHARED_BROKER};
 
 use crate::cargo::{cargo, has};
-use crate::counts::Counts;
+use crate::counts::{Counts, Runner};
 use crate::{install, stream};
 
 /// What `cargo xtask test` can be told.
@@ -30,10 +30,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         Ok(counts) => counts,
         Err(error) => {
             eprintln!("error: {error:#}");
-            Counts {
-                passed: 0,
-                failed: 1,
-            }
+            Counts { passed: 0, failed: 1 }
         }
     };
     let Counts { passed, failed } = counts;
@@ -47,27 +44,30 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 fn run_all(broker: &Broker, extra: &[String]) -> Result<Counts> {
     // All tests run, so that the numbers are those of the whole.
-    let mut arguments: Vec<&str> = if has("nextest") {
-        vec!["nextest", "run", "--workspace", "--no-fail-fast"]
+    let (runner, arguments) = if has("nextest") {
+        (Runner::Nextest, "nextest run --workspace --no-fail-fast")
     } else {
-        vec!["test", "--workspace", "--tests", "--no-fail-fast"]
+        (Runner::Libtest, "test --workspace --tests --no-fail-fast")
     };
+    let mut arguments: Vec<&str> = arguments.split(' ').collect();
     arguments.extend(extra.iter().map(String::as_str));
-    let mut counts = run_one(broker, &arguments)?;
+    let mut counts = run_one(broker, runner, &arguments)?;
     if extra.is_empty() {
-        counts.add(run_one(
-            broker,
-            &["test", "--doc", "--workspace", "--no-fail-fast"],
-        )?);
+        // nextest leaves the documentation's tests out.
+        let arguments = ["test", "--doc", "--workspace", "--no-fail-fast"];
+        counts.add(run_one(broker, Runner::Libtest, &arguments)?);
     }
     Ok(counts)
 }
 
-fn run_one(broker: &Broker, arguments: &[&str]) -> Result<Counts> {
+fn run_one(broker: &Broker, runner: Runner, arguments: &[&str]) -> Result<Counts> {
     let mut command = cargo(arguments.iter().copied());
     command.env(SHARED_BROKER, broker.describe());
-    let ended = stream::run(&mut command, Counts::read)?;
-    let mut counts: Counts = ended.stdout;
+    let watch = |pid| broker.end_with_us(pid);
+    let read = |counts: &mut Counts, line: &str| counts.read(runner, line);
+    let ended = stream::run(&mut command, watch, read)?;
+    // nextest sums up on one of the two, libtest on the other.
+    let mut counts = ended.stdout;
     counts.add(ended.stderr);
     if !ended.status.success() && counts.failed == 0 {
         // A build that fails sums up nothing.

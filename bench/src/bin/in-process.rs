@@ -51,7 +51,8 @@ impl Atom for Noop {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     // Two threads, as in the figures that a ratio is compared with.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         for in_flight in &args.in_flight {
             measure(*in_flight, &args).await?;
@@ -81,7 +82,9 @@ async fn measure(in_flight: u64, args: &Args) -> anyhow::Result<()> {
         });
         println!("{line}");
     } else {
-        println!("case=in_process in_flight={in_flight} ours_ns={ours:.0} floor_ns={floor:.0} ratio={ratio:.2}");
+        println!(
+            "case=in_process in_flight={in_flight} ours_ns={ours:.0} floor_ns={floor:.0} ratio={ratio:.2}"
+        );
     }
     Ok(())
 }
@@ -92,7 +95,11 @@ fn nanoseconds_each(took: Duration, count: u64) -> f64 {
 }
 
 /// Runs `round_trips` in `in_flight` tasks that each make one after the other.
-async fn round<F>(in_flight: u64, round_trips: u64, client: impl Fn(Arc<AtomicU64>) -> F) -> Duration
+async fn round<F>(
+    in_flight: u64,
+    round_trips: u64,
+    client: impl Fn(Arc<AtomicU64>) -> F,
+) -> Duration
 where
     F: Future<Output = ()> + Send + 'static,
 {

@@ -1,1 +1,115 @@
-//! Soon.
+//! Carries Atomizer's electrons over RabbitMQ.
+//!
+//! One quorum queue per atom, publisher confirms on everything, persistent and `mandatory` messages, and an
+//! electron is acknowledged only after its answer is confirmed.
+//!
+//! ```no_run
+//! # use atomizer::prelude::*;
+//! use atomizer_rabbitmq::RabbitMq;
+//!
+//! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
+//! let atomizer = Atomizer::builder()
+//!     .conductor(RabbitMq::from_url("amqp://guest:guest@localhost:5672/")?)
+//!     .start()
+//!     .await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What it makes on the broker
+//!
+//! Everything is named after the [namespace](RabbitMq::namespace), `atomizer` by default:
+//!
+//! | object | name | kind |
+//! |---|---|---|
+//! | exchange for electrons | `<namespace>` | direct, durable |
+//! | queue of one atom | `<namespace>.atom.<atom id>` | quorum, durable |
+//! | dead letters | `<namespace>.dead` | quorum, durable |
+//! | inbox of one node | `<namespace>.inbox.<node id>` | quorum, durable, expires 30 min after the node is gone |
+//!
+//! Any AMQP 0-9-1 client can ask an atom: publish JSON to the exchange with routing key `atom.<atom id>`,
+//! and name a queue in `reply_to`.
+
+mod acks;
+mod connect;
+mod convert;
+mod lane;
+mod publisher;
+mod session;
+mod topology;
+
+use std::{fmt, sync::Arc};
+
+use async_trait::async_trait;
+use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Session};
+
+pub use connect::UrlError;
+
+use connect::Address;
+use session::RabbitSession;
+use topology::Topology;
+
+/// A RabbitMQ broker to carry electrons.
+#[derive(Clone, Debug)]
+pub struct RabbitMq {
+    id: ConductorId,
+    address: Address,
+    topology: Topology,
+    limits: Limits,
+}
+
+impl RabbitMq {
+    /// The longest payload unless told otherwise: 16 MiB, which RabbitMQ 4 takes by default.
+    pub const PAYLOAD_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+    /// Describes a broker by its URL: `amqp://user:password@host:port/vhost`.
+    ///
+    /// What is left out is `guest`, `guest`, 5672 and the virtual host `/`. The query may have `heartbeat`
+    /// in seconds; 10 by default.
+    ///
+    /// # Errors
+    /// [`UrlError`] when it is no such URL. The password is never part of an error.
+    pub fn from_url(url: &str) -> Result<Self, UrlError> {
+        Ok(Self {
+            id: ConductorId::from_static("rabbitmq"),
+            address: Address::parse(url)?,
+            topology: Topology::new("atomizer"),
+            limits: Limits::new(Self::PAYLOAD_BYTES_MAX),
+        })
+    }
+
+    /// Sets what the names of exchange and queues begin with. Nodes of different namespaces never meet.
+    ///
+    /// # Errors
+    /// [`InvalidId`] unless it is 1 to 64 of the characters `A-Z a-z 0-9 . _ : -`.
+    pub fn namespace(mut self, namespace: &str) -> Result<Self, InvalidId> {
+        self.topology = Topology::try_new(namespace)?;
+        Ok(self)
+    }
+
+    /// Sets the longest payload, in bytes; at most the broker's `max_message_size`.
+    #[must_use]
+    pub fn payload_bytes_max(mut self, bytes: usize) -> Self {
+        self.limits.payload_bytes_max = bytes;
+        self
+    }
+}
+
+impl fmt::Display for RabbitMq {
+    /// Writes the URL without user and password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)
+    }
+}
+
+#[async_trait]
+impl Conductor for RabbitMq {
+    fn id(&self) -> &ConductorId {
+        &self.id
+    }
+
+    async fn open(&self, node: &NodeId) -> Result<Arc<dyn Session>, OpenError> {
+        let session = RabbitSession::open(&self.address, &self.topology, self.limits, node).await?;
+        Ok(Arc::new(session))
+    }
+}

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::ctl::Ctl;
 use crate::error::BrokerError;
-use crate::guard::Guard;
+use crate::guard::{Guard, Guest};
 use crate::http::Management;
 use crate::node::Node;
 use crate::process::{self, Signal};
@@ -69,9 +69,7 @@ impl Broker {
         let machinery = Machinery::new(server)?;
         machinery.launch()?;
         let version = machinery.wait_ready()?;
-        let Ports {
-            amqp, management, ..
-        } = machinery.ports;
+        let Ports { amqp, management, .. } = machinery.ports;
         let node = Node::new(amqp, management, machinery.ctl.clone(), version);
         Ok(Self { node, machinery })
     }
@@ -88,6 +86,17 @@ impl Broker {
         self.machinery.broker().as_ref().map(Child::id)
     }
 
+    /// Has another process end (SIGTERM) with ours, should ours be killed, until the returned value
+    /// is dropped.
+    ///
+    /// # Errors
+    ///
+    /// When the system refuses.
+    pub fn end_with_us(&self, pid: u32) -> Result<Guest, BrokerError> {
+        let guest = self.machinery.guard.invite(pid);
+        guest.map_err(BrokerError::io("telling the guard of a process"))
+    }
+
     /// Has the broker write to disk at once what it writes every few seconds otherwise.
     ///
     /// A quorum queue is lost with all its confirmed messages when the broker is killed within
@@ -99,8 +108,7 @@ impl Broker {
     ///
     /// When `rabbitmqctl` fails.
     pub fn flush(&self) -> Result<(), BrokerError> {
-        self.ctl(&["eval", "[ok = dets:sync(Table) || Table <- dets:all()]."])
-            .map(drop)
+        self.ctl(&["eval", "[ok = dets:sync(Table) || Table <- dets:all()]."]).map(drop)
     }
 
     /// Kills the broker as a crash would (SIGKILL), and waits until it is dead.
@@ -189,9 +197,7 @@ impl Machinery {
         let ports = Ports::free().map_err(BrokerError::io("looking for free ports"))?;
         let guard = Guard::start()?;
         let places = Places::new(guard.folder());
-        places
-            .write(ports)
-            .map_err(BrokerError::io("writing the broker's configuration"))?;
+        places.write(ports).map_err(BrokerError::io("writing the broker's configuration"))?;
         let epmd = start_epmd(server, &guard, ports.epmd)?;
         let ctl = Ctl {
             program: server.ctl().to_owned(),
@@ -199,14 +205,8 @@ impl Machinery {
             epmd_port: ports.epmd,
             node: format!("atomizer{}@localhost", ports.amqp),
         };
-        let mut machinery = Self {
-            server: server.clone(),
-            ctl,
-            ports,
-            broker: Mutex::new(None),
-            epmd,
-            guard,
-        };
+        let mut machinery =
+            Self { server: server.clone(), ctl, ports, broker: Mutex::new(None), epmd, guard };
         machinery.wait_epmd()?;
         Ok(machinery)
     }
@@ -327,11 +327,7 @@ impl Machinery {
     }
 
     fn not_ready(&self, what: &'static str) -> BrokerError {
-        BrokerError::NotReady {
-            what,
-            limit: START_MAX,
-            log: self.log(),
-        }
+        BrokerError::NotReady { what, limit: START_MAX, log: self.log() }
     }
 }
 
@@ -357,10 +353,7 @@ fn start_epmd(server: &Server, guard: &Guard, port: u16) -> Result<Child, Broker
 /// Leads what the command writes into a file: whoever reads our own output would otherwise wait
 /// for the broker's end too.
 fn write_to<'a>(command: &'a mut Command, places: &Places) -> io::Result<&'a mut Command> {
-    let console = File::options()
-        .create(true)
-        .append(true)
-        .open(places.console())?;
+    let console = File::options().create(true).append(true).open(places.console())?;
     Ok(command.stdout(console.try_clone()?).stderr(console))
 }
 
@@ -379,10 +372,7 @@ fn amqp_answers(port: u16) -> io::Result<()> {
 }
 
 fn reported_version(port: u16) -> Option<String> {
-    let management = Management {
-        port,
-        answer_max: PROBE_MAX,
-    };
+    let management = Management { port, answer_max: PROBE_MAX };
     let overview = management.get("/api/overview").ok()?;
     let version = overview.get("rabbitmq_version").and_then(Value::as_str)?;
     Some(version.to_owned())

@@ -26,10 +26,7 @@ impl Ctl {
     pub(crate) fn run(&self, arguments: &[&str]) -> Result<String, BrokerError> {
         let mut command = Command::new(&self.program);
         set_common(&mut command, &self.home, self.epmd_port, &self.node);
-        command
-            .env("RABBITMQ_CTL_ERL_ARGS", LOCAL_ONLY)
-            .arg("--quiet")
-            .args(arguments);
+        command.env("RABBITMQ_CTL_ERL_ARGS", LOCAL_ONLY).arg("--quiet").args(arguments);
         let shown = arguments.first().copied().unwrap_or_default();
         let output = process::output(&mut command, &format!("rabbitmqctl {shown}"), CALL_MAX)?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -70,21 +67,16 @@ impl Ctl {
         if answer == "none" {
             return Ok(None);
         }
-        parse_depth(answer)
-            .map(Some)
-            .ok_or_else(|| BrokerError::Unexpected {
-                what: "a queue's depth",
-                text: answer.to_owned(),
-            })
+        parse_depth(answer).map(Some).ok_or_else(|| BrokerError::Unexpected {
+            what: "a queue's depth",
+            text: answer.to_owned(),
+        })
     }
 }
 
 /// Parses `{ready,unacknowledged}`.
 fn parse_depth(answer: &str) -> Option<Depth> {
-    let (ready, unacknowledged) = answer
-        .strip_prefix('{')?
-        .strip_suffix('}')?
-        .split_once(',')?;
+    let (ready, unacknowledged) = answer.strip_prefix('{')?.strip_suffix('}')?.split_once(',')?;
     Some(Depth {
         ready: ready.trim().parse().ok()?,
         unacknowledged: unacknowledged.trim().parse().ok()?,
@@ -105,10 +97,7 @@ mod tests {
     #[test]
     fn erlang_is_spoken_well_enough() {
         assert_eq!(binary("a\""), "<<97,34>>");
-        let depth = Depth {
-            ready: 3,
-            unacknowledged: 0,
-        };
+        let depth = Depth { ready: 3, unacknowledged: 0 };
         assert_eq!(parse_depth("{3,0}"), Some(depth));
         assert_eq!(parse_depth("{error,x}"), None);
     }

@@ -23,6 +23,11 @@ const WATCH: &str = r#"
 while read -r _; do :; done
 [ -d "$1" ] || exit 0
 mkdir "$1/closing" 2>/dev/null
+for file in "$1"/*.guest; do
+    if [ -s "$file" ] && read -r pid <"$file"; then
+        kill -TERM "$pid" 2>/dev/null
+    fi
+done
 for file in "$1"/*.pid; do
     if [ -s "$file" ] && read -r pid <"$file"; then
         kill -9 "-$pid" 2>/dev/null || kill -9 "$pid" 2>/dev/null
@@ -57,11 +62,8 @@ pub(crate) struct Guard {
 impl Guard {
     /// Makes a folder among the system's temporary ones and puts a guard beside it.
     pub(crate) fn start() -> Result<Self, BrokerError> {
-        let name = format!(
-            "atomizer-broker-{}-{:08x}",
-            std::process::id(),
-            ports::random() & 0xffff_ffff
-        );
+        let name =
+            format!("atomizer-broker-{}-{:08x}", std::process::id(), ports::random() & 0xffff_ffff);
         let folder = std::env::temp_dir().join(name);
         DirBuilder::new()
             .mode(0o700)
@@ -114,8 +116,27 @@ impl Guard {
         drop(fs::remove_file(self.pid_file(name)));
     }
 
+    /// Has the guard end (SIGTERM) a process that was not started by it.
+    pub(crate) fn invite(&self, pid: u32) -> io::Result<Guest> {
+        let file = self.folder.join(format!("{pid}.guest"));
+        fs::write(&file, format!("{pid}\n"))?;
+        Ok(Guest { file })
+    }
+
     fn pid_file(&self, name: &str) -> PathBuf {
         self.folder.join(format!("{name}.pid"))
+    }
+}
+
+/// A process that is ended (SIGTERM) when ours ends while this value exists.
+#[derive(Debug)]
+pub struct Guest {
+    file: PathBuf,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        drop(fs::remove_file(&self.file));
     }
 }
 

@@ -43,9 +43,7 @@ impl Management {
         body: Option<&Value>,
     ) -> Result<Value, BrokerError> {
         let request = format!("{method} {path}");
-        let answer = self
-            .exchange(&request, body)
-            .map_err(BrokerError::io(request.clone()))?;
+        let answer = self.exchange(&request, body).map_err(BrokerError::io(request.clone()))?;
         let refused = |status, answer: &str| BrokerError::Management {
             request,
             status,

@@ -30,6 +30,7 @@ mod vhost;
 
 pub use broker::Broker;
 pub use error::BrokerError;
+pub use guard::Guest;
 pub use node::{Node, Permissions};
 pub use proxy::Proxy;
 pub use server::{Missing, Server};

@@ -43,11 +43,7 @@ impl Permissions {
     /// Allows what the three regular expressions match.
     #[must_use]
     pub fn new(configure: &str, write: &str, read: &str) -> Self {
-        Self {
-            configure: configure.to_owned(),
-            write: write.to_owned(),
-            read: read.to_owned(),
-        }
+        Self { configure: configure.to_owned(), write: write.to_owned(), read: read.to_owned() }
     }
 }
 
@@ -67,16 +63,8 @@ struct Facts {
 
 impl Node {
     pub(crate) fn new(port: u16, management_port: u16, ctl: Ctl, version: String) -> Self {
-        let management = Management {
-            port: management_port,
-            answer_max: MANAGEMENT_MAX,
-        };
-        let facts = Arc::new(Facts {
-            port,
-            management,
-            ctl,
-            version,
-        });
+        let management = Management { port: management_port, answer_max: MANAGEMENT_MAX };
+        let facts = Arc::new(Facts { port, management, ctl, version });
         Self { facts }
     }
 
@@ -144,8 +132,7 @@ impl Node {
         permissions: &Permissions,
     ) -> Result<(), BrokerError> {
         let user = json!({ "password": password, "tags": "" });
-        self.management()
-            .put(&format!("/api/users/{}", encode(name)), &user)?;
+        self.management().put(&format!("/api/users/{}", encode(name)), &user)?;
         self.permit(name, vhost, permissions)
     }
 
@@ -155,8 +142,7 @@ impl Node {
     ///
     /// When the management interface does not answer or refuses.
     pub fn delete_user(&self, name: &str) -> Result<(), BrokerError> {
-        self.management()
-            .delete(&format!("/api/users/{}", encode(name)))
+        self.management().delete(&format!("/api/users/{}", encode(name)))
     }
 
     pub(crate) fn permit(
@@ -165,11 +151,7 @@ impl Node {
         vhost: &str,
         permissions: &Permissions,
     ) -> Result<(), BrokerError> {
-        let Permissions {
-            configure,
-            write,
-            read,
-        } = permissions;
+        let Permissions { configure, write, read } = permissions;
         self.management().put(
             &format!("/api/permissions/{}/{}", encode(vhost), encode(user)),
             &json!({ "configure": configure, "write": write, "read": read }),
@@ -214,12 +196,7 @@ impl Node {
     /// [`SHARED_BROKER`]: crate::SHARED_BROKER
     #[must_use]
     pub fn describe(&self) -> String {
-        let Ctl {
-            program,
-            home,
-            epmd_port,
-            node,
-        } = &self.facts.ctl;
+        let Ctl { program, home, epmd_port, node } = &self.facts.ctl;
         json!({
             "port": self.facts.port,
             "management_port": self.facts.management.port,
@@ -255,12 +232,7 @@ fn parse_description(text: &str) -> Option<Node> {
         epmd_port: port("epmd_port")?,
         node: string("node")?,
     };
-    Some(Node::new(
-        port("port")?,
-        port("management_port")?,
-        ctl,
-        string("version")?,
-    ))
+    Some(Node::new(port("port")?, port("management_port")?, ctl, string("version")?))
 }
 
 /// Writes an AMQP address, also for one that is not the broker's own, as that of a proxy.

@@ -78,10 +78,7 @@ pub(crate) fn output(
         child.kill().map_err(failed())?;
         child.wait().map_err(failed())?;
         // The readers are left to themselves: a grandchild may hold the pipes open.
-        return Err(BrokerError::TimedOut {
-            what: what.to_owned(),
-            limit,
-        });
+        return Err(BrokerError::TimedOut { what: what.to_owned(), limit });
     };
     Ok(Output {
         status,

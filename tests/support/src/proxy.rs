@@ -50,20 +50,12 @@ impl Proxy {
     pub fn start(target: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let address = listener.local_addr()?;
-        let common = Arc::new(Common {
-            target,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        });
+        let common = Arc::new(Common { target, state: Mutex::default(), changed: Condvar::new() });
         let acceptor = thread::spawn({
             let common = Arc::clone(&common);
             move || accept(&listener, &common)
         });
-        Ok(Self {
-            address,
-            common,
-            acceptor: Some(acceptor),
-        })
+        Ok(Self { address, common, acceptor: Some(acceptor) })
     }
 
     /// Returns where to connect instead of the target.
@@ -140,10 +132,8 @@ impl Common {
     /// Waits while the proxy is stalled; returns whether the link still exists.
     fn may_forward(&self, link: u64) -> bool {
         let stalled = |state: &mut State| state.stalled && state.links.contains_key(&link);
-        let state = self
-            .changed
-            .wait_while(self.state(), stalled)
-            .unwrap_or_else(PoisonError::into_inner);
+        let state =
+            self.changed.wait_while(self.state(), stalled).unwrap_or_else(PoisonError::into_inner);
         state.links.contains_key(&link)
     }
 }

@@ -73,6 +73,27 @@ or set {RABBITMQ_SERVER} to the path of a rabbitmq-server script"
 )]
 pub struct Missing {
     what: String,
+    installable: bool,
+}
+
+impl Missing {
+    fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), installable: true }
+    }
+
+    /// Returns what is missing, without the instructions.
+    #[must_use]
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// Returns whether installing RabbitMQ is what helps.
+    ///
+    /// Where [`RABBITMQ_SERVER`] names a script that is not there, it is not.
+    #[must_use]
+    pub fn is_installable(&self) -> bool {
+        self.installable
+    }
 }
 
 /// Finds the installed RabbitMQ.
@@ -87,13 +108,10 @@ pub fn find() -> Result<Server, Missing> {
     let script = find_script()?;
     let ctl = script.with_file_name("rabbitmqctl");
     if !ctl.is_file() {
-        return Err(Missing {
-            what: format!("there is no rabbitmqctl beside {}", script.display()),
-        });
+        let what = format!("there is no rabbitmqctl beside {}", script.display());
+        return Err(Missing::new(what));
     }
-    let epmd = find_epmd().ok_or_else(|| Missing {
-        what: "Erlang's epmd was not found".to_owned(),
-    })?;
+    let epmd = find_epmd().ok_or_else(|| Missing::new("Erlang's epmd was not found"))?;
     Ok(Server { script, ctl, epmd })
 }
 
@@ -106,23 +124,17 @@ fn find_script() -> Result<PathBuf, Missing> {
             return Ok(real_script(&named).unwrap_or(named));
         }
         return Err(Missing {
-            what: format!(
-                "{RABBITMQ_SERVER} names {}, which is no file",
-                named.display()
-            ),
+            what: format!("{RABBITMQ_SERVER} names {}, which is no file", named.display()),
+            installable: false,
         });
     }
     let [package, homebrew @ ..] = PLACES.map(PathBuf::from);
-    let on_path = env::path_folders()
-        .into_iter()
-        .map(|folder| folder.join("rabbitmq-server"));
+    let on_path = env::path_folders().into_iter().map(|folder| folder.join("rabbitmq-server"));
     std::iter::once(package)
         .chain(on_path)
         .chain(homebrew)
         .find_map(|candidate| real_script(&candidate))
-        .ok_or_else(|| Missing {
-            what: "rabbitmq-server was not found".to_owned(),
-        })
+        .ok_or_else(|| Missing::new("rabbitmq-server was not found"))
 }
 
 /// Returns the script behind `candidate` that starts a broker as the user who calls it.
@@ -133,10 +145,7 @@ fn real_script(candidate: &Path) -> Option<PathBuf> {
     let real = fs::canonicalize(candidate).ok()?;
     let folder = real.parent()?;
     let script = fs::canonicalize(folder.join("rabbitmq-server")).ok()?;
-    script
-        .with_file_name("rabbitmq-env")
-        .is_file()
-        .then_some(script)
+    script.with_file_name("rabbitmq-env").is_file().then_some(script)
 }
 
 fn find_epmd() -> Option<PathBuf> {
@@ -153,10 +162,7 @@ mod tests {
 
     #[test]
     fn a_missing_server_is_reported_with_what_to_type() {
-        let text = Missing {
-            what: "rabbitmq-server was not found".to_owned(),
-        }
-        .to_string();
+        let text = Missing::new("rabbitmq-server was not found").to_string();
         for part in ["was not found", INSTALL_APT, INSTALL_BREW, "docker run"] {
             assert!(text.contains(part), "{part} is not in {text}");
         }

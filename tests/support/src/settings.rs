@@ -28,12 +28,7 @@ pub(crate) struct Ports {
 impl Ports {
     pub(crate) fn free() -> io::Result<Self> {
         let [amqp, management, distribution, epmd] = ports::free()?;
-        Ok(Self {
-            amqp,
-            management,
-            distribution,
-            epmd,
-        })
+        Ok(Self { amqp, management, distribution, epmd })
     }
 }
 
@@ -45,9 +40,7 @@ pub(crate) struct Places {
 
 impl Places {
     pub(crate) fn new(folder: &Path) -> Self {
-        Self {
-            folder: folder.to_owned(),
-        }
+        Self { folder: folder.to_owned() }
     }
 
     fn config(&self) -> PathBuf {
@@ -69,9 +62,7 @@ impl Places {
 
     /// Writes the configuration, the list of plugins and the cookie.
     pub(crate) fn write(&self, ports: Ports) -> io::Result<()> {
-        let Ports {
-            amqp, management, ..
-        } = ports;
+        let Ports { amqp, management, .. } = ports;
         // The two limits are absolute, so that the broker neither fills a shared machine nor
         // blocks its publishers because the machine is small or its disk nearly full.
         let config = format!(

@@ -96,9 +96,7 @@ impl Vhost {
         let vhost = Self { node, name };
         let management = vhost.node.management();
         management.put(&format!("/api/vhosts/{}", vhost.name), &json!({}))?;
-        vhost
-            .node
-            .permit("guest", &vhost.name, &Permissions::all())?;
+        vhost.node.permit("guest", &vhost.name, &Permissions::all())?;
         Ok(vhost)
     }
 
@@ -198,8 +196,7 @@ impl Vhost {
     /// When `rabbitmqctl` fails.
     pub fn connections(&self) -> Result<Vec<String>, BrokerError> {
         let answer =
-            self.node
-                .ctl(&["list_connections", "name", "vhost", "--formatter", "json"])?;
+            self.node.ctl(&["list_connections", "name", "vhost", "--formatter", "json"])?;
         let all: Value = serde_json::from_str(&answer).map_err(|_| BrokerError::Unexpected {
             what: "the list of connections",
             text: answer,
@@ -221,9 +218,7 @@ impl Vhost {
     ///
     /// When `rabbitmqctl` fails.
     pub fn close_connections(&self, reason: &str) -> Result<(), BrokerError> {
-        self.node
-            .ctl(&["close_all_connections", "--vhost", &self.name, reason])
-            .map(drop)
+        self.node.ctl(&["close_all_connections", "--vhost", &self.name, reason]).map(drop)
     }
 
     fn list<T>(
@@ -241,10 +236,7 @@ impl Vhost {
 impl Drop for Vhost {
     fn drop(&mut self) {
         // The broker may be gone by now, on purpose; then so is the virtual host.
-        let management = Management {
-            answer_max: DELETE_MAX,
-            ..self.node.management()
-        };
+        let management = Management { answer_max: DELETE_MAX, ..self.node.management() };
         drop(management.delete(&format!("/api/vhosts/{}", encode(&self.name))));
     }
 }
@@ -268,7 +260,5 @@ fn queue_kind(value: &Value) -> String {
     let kind = value.get("type").or(declared).and_then(Value::as_str);
     let kind = kind.unwrap_or("classic");
     // Some versions give the name of the module behind it.
-    kind.trim_start_matches("rabbit_")
-        .trim_end_matches("_queue")
-        .to_owned()
+    kind.trim_start_matches("rabbit_").trim_end_matches("_queue").to_owned()
 }

@@ -19,10 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 fn eventually(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(
-            start.elapsed() < PATIENCE,
-            "{what}: not within {PATIENCE:?}"
-        );
+        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
         thread::sleep(Duration::from_millis(20));
     }
 }
@@ -54,10 +51,8 @@ fn publish(vhost: &Vhost, queue: &str) -> Result {
 
 fn is_process(pid: &str) -> bool {
     // A process that has ended and was not waited for yet is dead all the same.
-    let state = Command::new("ps")
-        .args(["-o", "stat=", "-p", pid])
-        .output()
-        .expect("ps is everywhere");
+    let state =
+        Command::new("ps").args(["-o", "stat=", "-p", pid]).output().expect("ps is everywhere");
     let state = String::from_utf8_lossy(&state.stdout);
     !state.trim().is_empty() && !state.trim().starts_with('Z')
 }

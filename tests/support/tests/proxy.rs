@@ -93,10 +93,7 @@ fn a_stalled_link_is_open_and_silent_until_it_goes_on() -> Result {
     stream.write_all(b"late")?;
     stream.set_read_timeout(Some(Duration::from_millis(200)))?;
     let silence = stream.read(&mut [0]).map_err(|error| error.kind());
-    assert!(matches!(
-        silence,
-        Err(ErrorKind::WouldBlock | ErrorKind::TimedOut)
-    ));
+    assert!(matches!(silence, Err(ErrorKind::WouldBlock | ErrorKind::TimedOut)));
     stream.set_read_timeout(Some(PATIENCE))?;
     proxy.stall(false);
     let mut answer = [0; 4];

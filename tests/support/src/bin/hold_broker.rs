@@ -15,8 +15,5 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn no_pid(broker: &Broker) -> BrokerError {
-    BrokerError::Unexpected {
-        what: "a broker without a process",
-        text: broker.log_tail(20),
-    }
+    BrokerError::Unexpected { what: "a broker without a process", text: broker.log_tail(20) }
 }

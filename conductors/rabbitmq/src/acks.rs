@@ -1,0 +1,94 @@
+//! Which deliveries of one channel to acknowledge, and how: in groups where that is right.
+
+use std::collections::BTreeSet;
+
+/// The delivery tags of one channel: they count up from 1 (AMQP 0-9-1, `basic.deliver`).
+///
+/// `multiple` acknowledges *everything* on the channel up to a tag, so a group must not reach across a
+/// delivery that is still out. Above such a hole each is acknowledged by itself.
+#[derive(Debug, Default)]
+pub(crate) struct Acks {
+    /// All tags up to here are off our hands.
+    floor: u64,
+    /// Tags above the floor that are off our hands, or are about to be.
+    gone: BTreeSet<u64>,
+    /// Those of them that the broker has not been told of.
+    untold: BTreeSet<u64>,
+}
+
+/// One `basic.ack`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ack {
+    pub(crate) tag: u64,
+    pub(crate) multiple: bool,
+}
+
+impl Acks {
+    /// Notes that a delivery is to be acknowledged.
+    pub(crate) fn acknowledge(&mut self, tag: u64) {
+        self.gone.insert(tag);
+        self.untold.insert(tag);
+    }
+
+    /// Notes that a delivery went back to the broker by other means.
+    pub(crate) fn returned(&mut self, tag: u64) {
+        self.gone.insert(tag);
+    }
+
+    /// Takes what is to be sent now, in order.
+    pub(crate) fn take(&mut self) -> Vec<Ack> {
+        while self.gone.remove(&(self.floor + 1)) {
+            self.floor += 1;
+        }
+        let above = self.untold.split_off(&(self.floor + 1));
+        let below = std::mem::take(&mut self.untold);
+        // The last that the broker still counts as out: a group must end at one it knows.
+        let group = below.last().map(|&tag| Ack { tag, multiple: below.len() > 1 });
+        let singles = above.into_iter().map(|tag| Ack { tag, multiple: false });
+        group.into_iter().chain(singles).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ack(tag: u64, multiple: bool) -> Ack {
+        Ack { tag, multiple }
+    }
+
+    #[test]
+    fn what_is_done_in_a_row_is_one_group() {
+        let mut acks = Acks::default();
+        [2, 1, 3].into_iter().for_each(|tag| acks.acknowledge(tag));
+        assert_eq!(acks.take(), [ack(3, true)]);
+        assert_eq!(acks.take(), []);
+    }
+
+    #[test]
+    fn no_group_reaches_across_a_hole() {
+        let mut acks = Acks::default();
+        [1, 3, 4].into_iter().for_each(|tag| acks.acknowledge(tag));
+        assert_eq!(acks.take(), [ack(1, false), ack(3, false), ack(4, false)]);
+        acks.acknowledge(5);
+        acks.acknowledge(2);
+        // 3 and 4 are acknowledged already; a group that ends at 5 covers 2 and 5.
+        assert_eq!(acks.take(), [ack(5, true)]);
+    }
+
+    #[test]
+    fn a_group_ends_at_a_tag_that_the_broker_still_knows() {
+        let mut acks = Acks::default();
+        acks.acknowledge(1);
+        acks.returned(2);
+        assert_eq!(acks.take(), [ack(1, false)]);
+        acks.acknowledge(4);
+        assert_eq!(acks.take(), [ack(4, false)]);
+        acks.acknowledge(3);
+        assert_eq!(
+            acks.take(),
+            [ack(3, false)],
+            "4 was acknowledged before, and is not named again"
+        );
+    }
+}

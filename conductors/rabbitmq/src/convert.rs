@@ -1,0 +1,191 @@
+//! Between Atomizer's wire form and AMQP properties and headers.
+
+use std::collections::BTreeMap;
+
+use atomizer::{SendError, wire::Wire};
+use lapin::{
+    BasicProperties,
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use serde_json::{Number, Value};
+
+/// `delivery_mode` of messages that the broker writes to disk (AMQP 0-9-1, basic class).
+const PERSISTENT: u8 = 2;
+
+/// Headers that belong to the broker. They are never published again: a copied `x-death` can make the
+/// broker drop a message as a cycle.
+const BROKER_HEADERS: [&str; 7] = [
+    "x-death",
+    "x-first-death-",
+    "x-last-death-",
+    "x-delivery-count",
+    "x-acquired-count",
+    "x-opt-",
+    "x-delivery-time",
+];
+
+/// How often a quorum queue delivered a message before.
+const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// Turns all but the body into properties.
+///
+/// # Errors
+/// [`SendError::TooLarge`] when something is longer than AMQP can say.
+pub(crate) fn properties(wire: Wire) -> Result<BasicProperties, SendError> {
+    let headers: Result<BTreeMap<ShortString, AMQPValue>, SendError> =
+        wire.headers.into_iter().map(|(name, value)| Ok((short(name)?, to_amqp(value)?))).collect();
+    let mut properties = BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_headers(FieldTable::from(headers?));
+    if let Some(kind) = wire.kind {
+        properties = properties.with_type(short(kind)?);
+    }
+    if let Some(id) = wire.id {
+        properties = properties.with_message_id(short(id)?);
+    }
+    if let Some(id) = wire.correlation_id {
+        properties = properties.with_correlation_id(short(id)?);
+    }
+    if let Some(reply_to) = wire.reply_to {
+        properties = properties.with_reply_to(short(reply_to)?);
+    }
+    if let Some(content_type) = wire.content_type {
+        properties = properties.with_content_type(short(content_type)?);
+    }
+    Ok(properties)
+}
+
+/// Short strings have a length of one byte (AMQP 0-9-1, 4.2.5.3).
+fn short(text: String) -> Result<ShortString, SendError> {
+    let bytes = text.len();
+    ShortString::try_new(text)
+        .map_err(|_| SendError::TooLarge { bytes, bytes_max: usize::from(u8::MAX) })
+}
+
+/// Reads a message, and how often it was delivered before.
+pub(crate) fn wire(properties: &BasicProperties, redelivered: bool, data: Vec<u8>) -> (Wire, u32) {
+    let text = |text: &Option<ShortString>| text.as_ref().map(ToString::to_string);
+    let mut redeliveries = u32::from(redelivered);
+    let mut headers = BTreeMap::new();
+    for (name, value) in properties.headers().iter().flatten() {
+        if name.as_str() == DELIVERY_COUNT {
+            let count = to_json(value).as_u64().and_then(|count| u32::try_from(count).ok());
+            redeliveries = redeliveries.max(count.unwrap_or_default());
+        }
+        if !BROKER_HEADERS.iter().any(|owned| name.as_str().starts_with(owned)) {
+            headers.insert(name.to_string(), to_json(value));
+        }
+    }
+    let wire = Wire {
+        kind: text(properties.kind()),
+        id: text(properties.message_id()),
+        correlation_id: text(properties.correlation_id()),
+        reply_to: text(properties.reply_to()),
+        content_type: text(properties.content_type()),
+        headers,
+        body: data.into(),
+    };
+    (wire, redeliveries)
+}
+
+fn to_amqp(value: Value) -> Result<AMQPValue, SendError> {
+    Ok(match value {
+        Value::Null => AMQPValue::Void,
+        Value::Bool(bool) => AMQPValue::Boolean(bool),
+        Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(integer), _) => AMQPValue::LongLongInt(integer),
+            (None, Some(float)) => AMQPValue::Double(float),
+            (None, None) => AMQPValue::LongString(number.to_string().into()),
+        },
+        Value::String(text) => AMQPValue::LongString(text.into()),
+        Value::Array(values) => {
+            let values: Result<Vec<_>, _> = values.into_iter().map(to_amqp).collect();
+            AMQPValue::FieldArray(values?.into())
+        }
+        Value::Object(fields) => {
+            let fields: Result<BTreeMap<_, _>, SendError> = fields
+                .into_iter()
+                .map(|(name, value)| Ok((short(name)?, to_amqp(value)?)))
+                .collect();
+            AMQPValue::FieldTable(fields?.into())
+        }
+    })
+}
+
+/// Integers keep their value but not their width, and bytes that are no text become text.
+fn to_json(value: &AMQPValue) -> Value {
+    match value {
+        AMQPValue::Boolean(bool) => Value::Bool(*bool),
+        AMQPValue::ShortShortInt(number) => Value::from(*number),
+        AMQPValue::ShortShortUInt(number) => Value::from(*number),
+        AMQPValue::ShortInt(number) => Value::from(*number),
+        AMQPValue::ShortUInt(number) => Value::from(*number),
+        AMQPValue::LongInt(number) => Value::from(*number),
+        AMQPValue::LongUInt(number) => Value::from(*number),
+        AMQPValue::LongLongInt(number) => Value::from(*number),
+        AMQPValue::Timestamp(seconds) => Value::from(*seconds),
+        AMQPValue::Float(number) => float(f64::from(*number)),
+        AMQPValue::Double(number) => float(*number),
+        AMQPValue::DecimalValue(decimal) => {
+            float(f64::from(decimal.value) / 10_f64.powi(i32::from(decimal.scale)))
+        }
+        AMQPValue::ShortString(text) => Value::from(text.as_str()),
+        AMQPValue::LongString(text) => lossy(text.as_bytes()),
+        AMQPValue::ByteArray(bytes) => lossy(bytes.as_slice()),
+        AMQPValue::FieldArray(values) => values.as_slice().iter().map(to_json).collect(),
+        AMQPValue::FieldTable(fields) => {
+            let fields = fields.into_iter().map(|(name, value)| (name.to_string(), to_json(value)));
+            Value::Object(fields.collect())
+        }
+        AMQPValue::Void => Value::Null,
+    }
+}
+
+fn float(number: f64) -> Value {
+    Number::from_f64(number).map_or(Value::Null, Value::Number)
+}
+
+fn lossy(bytes: &[u8]) -> Value {
+    Value::from(String::from_utf8_lossy(bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn headers_of_others_survive_a_round_trip() {
+        let headers = json!({
+            "text": "ü", "number": -7, "float": 1.5, "flag": true, "nothing": null,
+            "list": [1, "two"], "table": { "deep": { "er": 1 } },
+        });
+        let headers: BTreeMap<_, _> = headers.as_object().unwrap().clone().into_iter().collect();
+        let before = Wire { headers: headers.clone(), ..Wire::default() };
+        let (after, redeliveries) = wire(&properties(before).unwrap(), false, Vec::new());
+        assert_eq!(after.headers, headers);
+        assert_eq!(redeliveries, 0);
+    }
+
+    #[test]
+    fn what_amqp_cannot_say_is_an_error() {
+        let wire = Wire { correlation_id: Some("x".repeat(256)), ..Wire::default() };
+        let error = properties(wire).unwrap_err();
+        assert_eq!(error, SendError::TooLarge { bytes: 256, bytes_max: 255 });
+    }
+
+    #[test]
+    fn headers_of_the_broker_are_read_and_not_kept() {
+        let headers = BTreeMap::from([
+            (ShortString::from("x-delivery-count"), AMQPValue::LongInt(3)),
+            (ShortString::from("x-death"), AMQPValue::FieldArray(Vec::new().into())),
+            (ShortString::from("x-first-death-queue"), AMQPValue::LongString("q".into())),
+            (ShortString::from("x-mine"), AMQPValue::LongString("kept".into())),
+        ]);
+        let properties = BasicProperties::default().with_headers(headers.into());
+        let (wire, redeliveries) = wire(&properties, true, Vec::new());
+        assert_eq!(redeliveries, 3);
+        assert_eq!(wire.headers.keys().collect::<Vec<_>>(), ["x-mine"]);
+    }
+}

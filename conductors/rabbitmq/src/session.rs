@@ -1,0 +1,368 @@
+//! One life of the connections to a broker.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    num::NonZeroUsize,
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use atomizer::{
+    Address as To, AtomId, Envelope, Epoch, Limits, NodeId, OpenError, Outcome, Release, ReplyTo,
+    SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
+};
+use futures::{StreamExt, future::join_all};
+use lapin::{
+    Connection, Event,
+    options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeleteOptions},
+    types::FieldTable,
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+    time::timeout,
+};
+
+use crate::{
+    connect::{Address, plain},
+    lane::{Command, Commands, LaneId, LaneSubscription, Settler},
+    publisher::Publisher,
+    topology::Topology,
+};
+
+/// How long the broker may take over one request that is no publish.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long closing may take, each step.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// AMQP's reply code for "all is well".
+const REPLY_SUCCESS: u16 = 200;
+
+/// Two connections: a broker that is short of memory or disk stops reading from those that publish, and
+/// acknowledgements must get through all the same.
+pub(crate) struct RabbitSession {
+    node: NodeId,
+    topology: Topology,
+    limits: Limits,
+    epoch: Epoch,
+    publishing: Arc<Connection>,
+    consuming: Arc<Connection>,
+    publisher: Publisher,
+    lanes: Arc<Lanes>,
+    life: Life,
+    /// Atoms whose queue was declared through this session.
+    declared: Mutex<HashSet<AtomId>>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+/// Whether a session has ended, and why. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Life(Arc<watch::Sender<Option<SessionError>>>);
+
+impl Life {
+    /// Ends the session by a fault. The first reason stands.
+    pub(crate) fn end(&self, reason: String) {
+        self.end_with(SessionError::lost(reason));
+    }
+
+    fn end_with(&self, error: SessionError) {
+        self.0.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(error);
+            first
+        });
+    }
+
+    pub(crate) async fn ended(&self) -> SessionError {
+        let mut ended = self.0.subscribe();
+        let error = ended.wait_for(Option::is_some).await.ok().and_then(|error| error.clone());
+        error.unwrap_or(SessionError::Closed)
+    }
+}
+
+/// The ways to the tasks that settle, by the number in the ticket.
+#[derive(Debug, Default)]
+pub(crate) struct Lanes(Mutex<LanesByNumber>);
+
+#[derive(Debug, Default)]
+struct LanesByNumber {
+    next: u32,
+    lanes: HashMap<u32, Commands>,
+}
+
+impl Lanes {
+    fn lock(&self) -> MutexGuard<'_, LanesByNumber> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, lane: Commands) -> u32 {
+        let mut lanes = self.lock();
+        let number = lanes.next;
+        lanes.next += 1;
+        lanes.lanes.insert(number, lane);
+        number
+    }
+
+    /// Ends a lane whose channel is gone: its tickets are stale from now on.
+    pub(crate) fn remove(&self, number: u32) {
+        drop(self.lock().lanes.remove(&number));
+    }
+
+    /// Hands a command over; false when the lane has ended.
+    fn command(&self, number: u32, command: Command) -> bool {
+        self.lock().lanes.get(&number).is_some_and(|lane| lane.send(command).is_ok())
+    }
+}
+
+impl Release for Lanes {
+    fn release(&self, channel: u32, key: u64) {
+        // A lane that has ended has nothing out: the broker took it back with the channel.
+        self.command(channel, Command::Release { tag: key });
+    }
+}
+
+impl RabbitSession {
+    pub(crate) async fn open(
+        address: &Address,
+        topology: &Topology,
+        limits: Limits,
+        node: &NodeId,
+    ) -> Result<Self, OpenError> {
+        let publishing = address.connect(node, "publishes").await?;
+        let consuming = address.connect(node, "consumes").await?;
+        let setting_up = async {
+            let channel = publishing.create_channel().await?;
+            topology.declare_base(&channel, node).await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok(channel)
+        };
+        let channel = match timeout(REQUEST_TIMEOUT, setting_up).await {
+            Ok(channel) => channel.map_err(|error| address.classify(&error))?,
+            Err(_) => return Err(OpenError::Unreachable(format!("{address}: no answer in time"))),
+        };
+        let life = Life(Arc::new(watch::Sender::new(None)));
+        let mut tasks = JoinSet::new();
+        let (publisher, publish) = Publisher::new(channel, topology.clone(), limits, life.clone());
+        tasks.spawn(publish);
+        let (publishing, consuming) = (Arc::new(publishing), Arc::new(consuming));
+        for connection in [&publishing, &consuming] {
+            tasks.spawn(watch_over(Arc::clone(connection), life.clone()));
+        }
+        Ok(Self {
+            node: node.clone(),
+            topology: topology.clone(),
+            limits,
+            epoch: Epoch::unique(),
+            publishing,
+            consuming,
+            publisher,
+            lanes: Arc::default(),
+            life,
+            declared: Mutex::default(),
+            tasks: Mutex::new(tasks),
+        })
+    }
+
+    fn declared(&self) -> MutexGuard<'_, HashSet<AtomId>> {
+        self.declared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a request on a channel of its own: one that is refused costs the channel (AMQP 0-9-1, 2.2.4).
+    async fn request<T>(
+        &self,
+        connection: &Connection,
+        request: impl AsyncFnOnce(&lapin::Channel) -> lapin::Result<T>,
+    ) -> Result<T, SessionError> {
+        let requested = async {
+            let channel = connection.create_channel().await?;
+            let result = request(&channel).await?;
+            channel.close(REPLY_SUCCESS, "done".into()).await?;
+            Ok(result)
+        };
+        match timeout(REQUEST_TIMEOUT, requested).await {
+            Ok(result) => result.map_err(|error: lapin::Error| SessionError::lost(plain(&error))),
+            Err(_) => {
+                let reason = format!("no answer within {REQUEST_TIMEOUT:?}");
+                self.life.end(reason.clone());
+                Err(SessionError::lost(reason))
+            }
+        }
+    }
+
+    /// Makes sure that the queue of an atom is there, once per session.
+    async fn declare_atom(&self, atom: &AtomId) -> Result<(), SessionError> {
+        if self.declared().contains(atom) {
+            return Ok(());
+        }
+        self.request(&self.publishing, async |channel| {
+            self.topology.declare_atom(channel, atom).await
+        })
+        .await?;
+        self.declared().insert(atom.clone());
+        Ok(())
+    }
+
+    async fn declare_all(&self, envelopes: &[Envelope]) -> Result<(), SessionError> {
+        for envelope in envelopes {
+            if let To::Atom(atom) = &envelope.to {
+                self.declare_atom(atom).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands a settlement to its lane; what comes back is where the result will be.
+    fn settle_one(
+        &self,
+        ticket: Ticket,
+        outcome: Outcome,
+    ) -> Result<oneshot::Receiver<Result<(), SettleError>>, SettleError> {
+        if ticket.epoch() != self.epoch {
+            return Err(SettleError::Stale);
+        }
+        let (done, settled) = oneshot::channel();
+        let Outcome::Done { emit } = outcome else {
+            drop(ticket);
+            drop(done.send(Ok(())));
+            return Ok(settled);
+        };
+        let (number, tag) = ticket.take();
+        if self.lanes.command(number, Command::Settle { tag, emit, done }) {
+            Ok(settled)
+        } else {
+            Err(SettleError::Stale)
+        }
+    }
+}
+
+/// Ends the session with the connection, and the connection with a session that a fault has ended, so that
+/// the broker takes back at once what it delivered.
+async fn watch_over(connection: Arc<Connection>, life: Life) {
+    let failed = async {
+        let mut events = pin!(connection.events_listener());
+        while let Some(event) = events.next().await {
+            // Errors of single channels are reported here too; those end their subscription only.
+            if let Event::Error(error) = event
+                && !connection.status().connected()
+            {
+                return plain(&error);
+            }
+        }
+        "the connection ended".to_owned()
+    };
+    tokio::select! {
+        reason = failed => life.end(reason),
+        error = life.ended() => {
+            if !matches!(error, SessionError::Closed) {
+                close(&connection).await;
+            }
+        }
+    }
+}
+
+async fn close(connection: &Connection) {
+    let closing = connection.close(REPLY_SUCCESS, "the session has ended".into());
+    // An error says that it is closed already.
+    drop(timeout(CLOSE_TIMEOUT, closing).await);
+}
+
+#[async_trait]
+impl Session for RabbitSession {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn reply_to(&self) -> ReplyTo {
+        ReplyTo::new(self.topology.inbox_queue(&self.node))
+    }
+
+    async fn subscribe(
+        &self,
+        source: Source,
+        window: NonZeroUsize,
+    ) -> Result<Box<dyn Subscription>, SessionError> {
+        let (queue, atom) = match source {
+            Source::Atom(atom) => {
+                self.declare_atom(&atom).await?;
+                (self.topology.atom_queue(&atom), Some(atom))
+            }
+            Source::Inbox => (self.topology.inbox_queue(&self.node), None),
+            other => return Err(SessionError::lost(format!("{other:?} is not supported"))),
+        };
+        let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
+        let consuming = async {
+            let channel = self.consuming.create_channel().await?;
+            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+            let (queue, tag) = (queue.as_str().into(), self.node.as_str().into());
+            let options = BasicConsumeOptions::default();
+            let consumer =
+                channel.basic_consume(queue, tag, options, FieldTable::default()).await?;
+            Ok((channel, consumer))
+        };
+        let (channel, consumer) = match timeout(REQUEST_TIMEOUT, consuming).await {
+            Ok(result) => {
+                result.map_err(|error: lapin::Error| SessionError::lost(plain(&error)))?
+            }
+            Err(_) => {
+                return Err(SessionError::lost(format!("no answer within {REQUEST_TIMEOUT:?}")));
+            }
+        };
+        #[expect(clippy::disallowed_methods, reason = "bounded by the deliveries that are out")]
+        let (command, commands) = mpsc::unbounded_channel();
+        let number = self.lanes.add(command);
+        let id = LaneId { epoch: self.epoch, number, lanes: Arc::clone(&self.lanes) };
+        let (publisher, settling) = (self.publisher.clone(), channel.clone());
+        let settler = Settler { id: id.clone(), channel: settling, publisher, commands };
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(settler.run());
+        Ok(Box::new(LaneSubscription { id, channel, consumer, atom, life: self.life.clone() }))
+    }
+
+    async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
+        if let Err(error) = self.declare_all(envelopes).await {
+            return vec![Err(SendError::Unknown(error.to_string())); envelopes.len()];
+        }
+        self.publisher.publish(envelopes).await
+    }
+
+    async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {
+        let handed_over: Vec<_> =
+            batch.into_iter().map(|(ticket, outcome)| self.settle_one(ticket, outcome)).collect();
+        join_all(handed_over.into_iter().map(async |settled| {
+            settled?.await.unwrap_or_else(|_| {
+                Err(SettleError::Unknown(SessionError::lost("the channel ended")))
+            })
+        }))
+        .await
+    }
+
+    async fn ended(&self) -> SessionError {
+        self.life.ended().await
+    }
+
+    async fn close(&self) {
+        self.life.end_with(SessionError::Closed);
+        // Nobody reads it any more: this node is closing for good.
+        let delete = async |channel: &lapin::Channel| {
+            let inbox = self.topology.inbox_queue(&self.node);
+            channel.queue_delete(inbox.as_str().into(), QueueDeleteOptions::default()).await
+        };
+        if !matches!(
+            timeout(CLOSE_TIMEOUT, self.request(&self.publishing, delete)).await,
+            Ok(Ok(_))
+        ) {
+            tracing::debug!("the inbox was not deleted; it expires by itself");
+        }
+        for connection in [&self.consuming, &self.publishing] {
+            close(connection).await;
+        }
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+    }
+}
+
+impl fmt::Debug for RabbitSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RabbitSession({:?} of {})", self.epoch, self.node)
+    }
+}

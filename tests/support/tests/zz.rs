@@ -1,2 +1,0 @@
-#[test] fn zz_a(){panic!()}
-#[test] fn zz_b(){}
