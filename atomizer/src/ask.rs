@@ -22,7 +22,14 @@ use crate::{
 /// Who waits for which answer. The first answer takes the entry out: later ones find nobody.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
-    waiting: Mutex<FxHashMap<ElectronId, Waiter>>,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    by_id: FxHashMap<ElectronId, Waiter>,
+    /// The node has stopped: nobody waits any more.
+    closed: bool,
 }
 
 #[derive(Debug)]
@@ -33,22 +40,28 @@ pub(crate) enum Waiter {
 }
 
 impl Pending {
+    /// Waits for an answer. On a node that has stopped the waiter is dropped at once.
     pub(crate) fn insert(&self, id: ElectronId, waiter: Waiter) {
-        drop(self.lock().insert(id, waiter));
+        let mut waiting = self.lock();
+        if !waiting.closed {
+            drop(waiting.by_id.insert(id, waiter));
+        }
     }
 
     pub(crate) fn remove(&self, id: ElectronId) {
-        drop(self.lock().remove(&id));
+        drop(self.lock().by_id.remove(&id));
     }
 
     /// Lets go of all who wait: the node has stopped.
     pub(crate) fn close(&self) {
-        drop(std::mem::take(&mut *self.lock()));
+        let mut waiting = self.lock();
+        waiting.closed = true;
+        drop(std::mem::take(&mut waiting.by_id));
     }
 
     /// Hands an answer to who waits for it. False when nobody does.
     pub(crate) fn resolve(&self, answer: Arc<Properties>) -> bool {
-        let waiter = self.lock().remove(&answer.electron);
+        let waiter = self.lock().by_id.remove(&answer.electron);
         match waiter {
             Some(Waiter::Call(tx)) => tx.send(answer).is_ok(),
             Some(Waiter::Child(index, tx)) => tx.try_send((index, answer)).is_ok(),
@@ -56,7 +69,7 @@ impl Pending {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, FxHashMap<ElectronId, Waiter>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         // Every change is a single insert or remove: a panic cannot leave one half done.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -94,8 +107,15 @@ impl Asker {
         self.node.pending.insert(id, Waiter::Call(tx));
         let _forget = Forget { node: &self.node, id };
         let answered = async {
-            let sent = self.send(electron).await;
-            sent.map_err(|source| CallError::NotSent { id, source })?;
+            let mut rx = rx;
+            tokio::select! {
+                biased;
+                // The answer may be here before the send is confirmed; or the node has stopped.
+                answer = &mut rx => return answer.map_err(|_| CallError::Stopped),
+                sent = self.send(electron) => {
+                    sent.map_err(|source| CallError::NotSent { id, source })?;
+                }
+            }
             rx.await.map_err(|_| CallError::Stopped)
         };
         timeout(deadline, answered).await.unwrap_or(Err(CallError::Deadline { id, deadline }))

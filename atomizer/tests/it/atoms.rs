@@ -1,0 +1,104 @@
+//! Atoms that tests are made of.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use atomizer::{Event, EventKind, EventStream, prelude::*};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+
+/// Does as it is told.
+pub(crate) struct Obedient;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    Echo(String),
+    Fail(String),
+    Panic(String),
+    Sleep(Duration),
+    Large(usize),
+}
+
+impl Atom for Obedient {
+    const ID: &'static str = "obedient";
+    type Input = Order;
+    type Output = String;
+
+    async fn process(&self, _cx: &Context, order: Order) -> Result<String> {
+        match order {
+            Order::Echo(text) => Ok(text),
+            Order::Fail(text) => Err(AtomError::msg(text)),
+            Order::Panic(text) => panic!("{text}"),
+            Order::Sleep(time) => {
+                tokio::time::sleep(time).await;
+                Ok("slept".to_owned())
+            }
+            Order::Large(bytes) => Ok("x".repeat(bytes)),
+        }
+    }
+}
+
+/// Counts how many run at once, and waits at a gate until it is let through.
+#[derive(Clone)]
+pub(crate) struct Gated {
+    pub(crate) gate: Arc<Semaphore>,
+    pub(crate) running: Arc<AtomicUsize>,
+    pub(crate) running_most: Arc<AtomicUsize>,
+    pub(crate) options: Options,
+}
+
+impl Gated {
+    pub(crate) fn new(options: Options) -> Self {
+        Self {
+            gate: Arc::new(Semaphore::new(0)),
+            running: Arc::default(),
+            running_most: Arc::default(),
+            options,
+        }
+    }
+
+    /// Lets so many through, once each.
+    pub(crate) fn open(&self, count: usize) {
+        self.gate.add_permits(count);
+    }
+}
+
+impl Atom for Gated {
+    const ID: &'static str = "gated";
+    type Input = u64;
+    type Output = u64;
+
+    fn options(&self) -> Options {
+        self.options.clone()
+    }
+
+    async fn process(&self, _cx: &Context, input: u64) -> Result<u64> {
+        let now = self.running.fetch_add(1, Ordering::SeqCst) + 1;
+        self.running_most.fetch_max(now, Ordering::SeqCst);
+        self.gate.acquire().await?.forget();
+        self.running.fetch_sub(1, Ordering::SeqCst);
+        Ok(input)
+    }
+}
+
+/// Waits for an event that fits.
+pub(crate) async fn until(events: &mut EventStream, fits: impl Fn(&EventKind) -> bool) -> Event {
+    let found = async {
+        loop {
+            let event = events.next().await.expect("the node lives").expect("the test keeps up");
+            if fits(&event.kind) {
+                return event;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), found).await.expect("the event comes")
+}
+
+pub(crate) fn started(kind: &EventKind) -> bool {
+    matches!(kind, EventKind::Started { .. })
+}

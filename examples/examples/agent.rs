@@ -1,0 +1,132 @@
+//! A node behind a RabbitMQ broker that serves until it is told to stop.
+
+use std::{
+    num::NonZeroU32,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use atomizer::{Atom as _, Atomizer, EventKind, EventStream, InvalidId, NodeId};
+use atomizer_atoms::{MonteCarlo, Toss};
+use atomizer_examples::{
+    Exit,
+    broker::{self, Broker},
+    cli, signals,
+    tosses::{Scaled, TossCount},
+};
+use clap::Parser;
+use tokio::{
+    sync::oneshot,
+    time::{MissedTickBehavior, interval},
+};
+
+/// Serves the atoms montecarlo and montecarlo.toss behind a RabbitMQ broker, until SIGTERM or ctrl-c.
+///
+/// As many agents as you like, on as many machines, share the work. One that is lost costs no electron: what
+/// it had is done by the others. Told to stop, it finishes what it has begun and leaves.
+///
+/// What happens is on stderr; RUST_LOG changes how much of it.
+#[derive(Parser)]
+#[command(
+    name = "agent",
+    version,
+    after_help = "Exit codes: 0 stopped in order, 1 failed, 2 wrongly typed."
+)]
+struct Options {
+    #[command(flatten)]
+    broker: Broker,
+    /// Give up when the broker cannot be reached for so long at the start, as in 30s or 5m [default: never].
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    connect_timeout: Option<Duration>,
+    /// What the id of this node begins with.
+    #[arg(long, default_value = "agent", value_parser = node_name)]
+    name: String,
+    /// How many electrons run at once here; of those that compute, one per core at most [default: 1024].
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    concurrency: Option<NonZeroU32>,
+}
+
+fn node_name(name: &str) -> Result<String, InvalidId> {
+    NodeId::unique(name).map(|_| name.to_owned())
+}
+
+fn main() -> ExitCode {
+    atomizer_examples::run("info,lapin=off", agent)
+}
+
+async fn agent(options: Options) -> anyhow::Result<Exit> {
+    let tosses = TossCount::default();
+    let (hand_over, events) = oneshot::channel();
+    let mut builder = Atomizer::builder()
+        .name(options.name)
+        .atom(MonteCarlo::default())
+        .atom(tosses.atom())
+        // An error says that nobody is left to watch.
+        .watch(|events| drop(hand_over.send(events)));
+    if let Some(limit) = options.concurrency {
+        builder = builder.concurrency(usize::try_from(limit.get()).unwrap_or(usize::MAX));
+    }
+    match options.connect_timeout {
+        Some(limit) => {
+            let limit = humantime::format_duration(limit);
+            tracing::info!("connecting to {}; gives up after {limit}", options.broker.amqp);
+        }
+        None => tracing::info!("connecting to {}; keeps trying for ever", options.broker.amqp),
+    }
+    let node = tokio::select! {
+        node = broker::start(builder, options.broker.amqp, options.connect_timeout) => node?,
+        stopped = signals::stop() => {
+            stopped?;
+            tracing::info!("told to stop before the broker was reached");
+            return Ok(Exit::Done);
+        }
+    };
+    tracing::info!("node {} serves {} and {}", node.node(), MonteCarlo::ID, Toss::ID);
+    let (ended, served) = tokio::join!(node.run(), follow(events.await?, &tosses));
+    tracing::info!("served {} electrons, {} tosses", served.electrons, Scaled(tosses.get() as f64));
+    ended?;
+    Ok(Exit::Done)
+}
+
+/// What a node has done.
+#[derive(Clone, Copy, Default)]
+struct Served {
+    electrons: u64,
+    tosses: u64,
+}
+
+/// Counts what the node does and says so, at most once a second, until the node has stopped.
+async fn follow(mut events: EventStream, tosses: &TossCount) -> Served {
+    let mut served = Served::default();
+    let mut said = (Served::default(), Instant::now());
+    let mut seconds = interval(Duration::from_secs(1));
+    seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            event = events.next() => match event {
+                None => return served,
+                Some(Err(missed)) => tracing::warn!("{missed}: too much happens to count it all"),
+                Some(Ok(event)) => match event.kind {
+                    // Failures are in the log already.
+                    EventKind::Completed { .. } | EventKind::Failed { .. } => served.electrons += 1,
+                    EventKind::Stopped => return served,
+                    _ => {}
+                },
+            },
+            _ = seconds.tick() => {
+                served.tosses = tosses.get();
+                let (before, then) = said;
+                if served.electrons > before.electrons {
+                    tracing::info!(
+                        "did {} electrons, {} tosses in {:.1} s; {} electrons in all",
+                        served.electrons - before.electrons,
+                        Scaled((served.tosses - before.tosses) as f64),
+                        then.elapsed().as_secs_f64(),
+                        served.electrons,
+                    );
+                }
+                said = (served, Instant::now());
+            }
+        }
+    }
+}
