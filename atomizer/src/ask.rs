@@ -94,7 +94,7 @@ impl Asker {
     pub(crate) async fn send(&self, electron: Arc<Electron>) -> Result<(), SendError> {
         let to = Address::Atom(electron.atom.clone());
         let envelope = Envelope::new(to, Message::Electron(electron));
-        self.link.send(vec![envelope]).await.pop().unwrap_or(Ok(()))
+        self.link.send(&[envelope]).await.pop().unwrap_or(Ok(()))
     }
 
     async fn ask(
@@ -138,23 +138,23 @@ impl Drop for Forget<'_> {
 ///
 /// Nothing is sent before it is awaited. Dropping it gives up the answer, not the electron.
 #[must_use = "nothing is sent before it is awaited"]
-pub struct Call<T> {
+pub struct Call<'cx, T> {
     asker: Asker,
     /// The permit to give back while waiting, when an atom asks.
-    slot: Option<Arc<Slot>>,
+    slot: Option<&'cx Slot>,
     electron: Result<Arc<Electron>, serde_json::Error>,
     deadline: Duration,
     decode: fn(&Payload) -> Result<T, serde_json::Error>,
     output: PhantomData<fn() -> T>,
 }
 
-impl<T> Call<T> {
+impl<'cx, T> Call<'cx, T> {
     /// How long a call waits unless told otherwise: an hour.
     pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60 * 60);
 
     pub(crate) fn new(
         asker: Asker,
-        slot: Option<Arc<Slot>>,
+        slot: Option<&'cx Slot>,
         electron: Result<Electron, serde_json::Error>,
         decode: fn(&Payload) -> Result<T, serde_json::Error>,
     ) -> Self {
@@ -177,7 +177,7 @@ impl<T> Call<T> {
     async fn answer(self) -> Result<T, CallError> {
         let electron = self.electron.map_err(CallError::Encode)?;
         let asking = self.asker.ask(electron, self.deadline);
-        let properties = match &self.slot {
+        let properties = match self.slot {
             Some(slot) => slot.wait(asking).await?,
             None => asking.await?,
         };
@@ -188,16 +188,16 @@ impl<T> Call<T> {
     }
 }
 
-impl<T: Send + 'static> IntoFuture for Call<T> {
+impl<'cx, T: Send + 'cx> IntoFuture for Call<'cx, T> {
     type Output = Result<T, CallError>;
-    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'cx>>;
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(self.answer())
     }
 }
 
-impl<T> fmt::Debug for Call<T> {
+impl<T> fmt::Debug for Call<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Call").field("electron", &self.electron).finish_non_exhaustive()
     }

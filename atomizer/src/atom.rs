@@ -2,7 +2,6 @@
 
 use std::{future::Future, num::NonZeroUsize, time::Duration};
 
-use async_trait::async_trait;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{AtomId, Context, Payload, Result};
@@ -136,7 +135,6 @@ fn cores() -> usize {
 /// A job over bytes: for payloads other than JSON, and for code whose types are not known here.
 ///
 /// Every [`Atom`] is one.
-#[async_trait]
 pub trait RawAtom: Send + Sync + 'static {
     /// Names the atom.
     fn id(&self) -> AtomId;
@@ -148,7 +146,8 @@ pub trait RawAtom: Send + Sync + 'static {
     fn options(&self) -> Options;
 
     /// Does the job. See [`Atom::process`].
-    async fn run(&self, cx: &Context, payload: Payload) -> Result<Payload>;
+    ///
+    /// # Cancel safety
+    /// The future is dropped at an `await` when the time limit ends or the node stops.
+    fn run(&self, cx: &Context, payload: &Payload) -> impl Future<Output = Result<Payload>> + Send;
 }
-
-const _: Option<&dyn RawAtom> = None;

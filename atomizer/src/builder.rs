@@ -6,12 +6,13 @@ use futures::future::try_join_all;
 use tokio::sync::watch;
 
 use crate::{
-    AtomId, Atomizer, Conductor, ConductorId, InvalidId, NodeId, OpenError, RawAtom,
+    AtomId, Atomizer, Conductor, ConductorId, InvalidId, NodeId, OpenError, Options, RawAtom,
     admission::Admission,
     ask::Pending,
     event::{EventStream, Events},
     link::Link,
     node::{Node, Stage},
+    run::Start,
     worker::Registered,
 };
 
@@ -20,7 +21,7 @@ use crate::{
 pub struct Builder {
     name: String,
     conductors: Vec<Arc<dyn Conductor>>,
-    atoms: Vec<Arc<dyn RawAtom>>,
+    atoms: Vec<(AtomId, Options, Arc<dyn Start>)>,
     concurrency: usize,
     connect_timeout: Option<Duration>,
     drain_timeout: Duration,
@@ -61,7 +62,7 @@ impl Builder {
 
     /// Adds an atom, typed or raw. A node without atoms only asks.
     pub fn atom(mut self, atom: impl RawAtom) -> Self {
-        self.atoms.push(Arc::new(atom));
+        self.atoms.push((atom.id(), RawAtom::options(&atom), Arc::new(atom)));
         self
     }
 
@@ -119,12 +120,11 @@ impl Builder {
 }
 
 fn register(
-    atoms: Vec<Arc<dyn RawAtom>>,
+    atoms: Vec<(AtomId, Options, Arc<dyn Start>)>,
     admission: &Admission,
 ) -> Result<Vec<Registered>, StartError> {
     let mut taken = HashSet::new();
-    let register = |atom: Arc<dyn RawAtom>| {
-        let (id, options) = (atom.id(), atom.options());
+    let register = |(id, options, atom): (AtomId, Options, Arc<dyn Start>)| {
         if !taken.insert(id.clone()) {
             return Err(StartError::DuplicateAtom(id));
         }

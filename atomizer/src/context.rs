@@ -16,7 +16,7 @@ use crate::{
 /// One run of one electron, as its atom sees it.
 pub struct Context {
     pub(crate) asker: Asker,
-    pub(crate) slot: Arc<Slot>,
+    pub(crate) slot: Slot,
     electron: Arc<Electron>,
     /// Which index the next child gets. An atom that asks in the same order each time asks the same children
     /// again in a second life.
@@ -24,7 +24,7 @@ pub struct Context {
 }
 
 impl Context {
-    pub(crate) fn new(asker: Asker, electron: Arc<Electron>, slot: Arc<Slot>) -> Self {
+    pub(crate) fn new(asker: Asker, electron: Arc<Electron>, slot: Slot) -> Self {
         Self { asker, slot, electron, next_child: AtomicU64::new(0) }
     }
 
@@ -62,10 +62,10 @@ impl Context {
     /// # Cancel safety
     /// Dropping the call gives up the answer, not the child.
     #[expect(clippy::needless_pass_by_value, reason = "callers write `call::<Double>(21)`")]
-    pub fn call<A: Atom>(&self, input: A::Input) -> Call<A::Output> {
+    pub fn call<A: Atom>(&self, input: A::Input) -> Call<'_, A::Output> {
         let electron =
             erased::encode(&input).map(|payload| self.next_child(AtomId::of::<A>(), payload));
-        Call::new(self.asker.clone(), Some(Arc::clone(&self.slot)), electron, erased::decode)
+        Call::new(self.asker.clone(), Some(&self.slot), electron, erased::decode)
     }
 
     /// Asks an atom that this program need not know, by id and with bytes.
@@ -75,11 +75,9 @@ impl Context {
     ///
     /// # Cancel safety
     /// Dropping the call gives up the answer, not the child.
-    pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<Payload> {
+    pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<'_, Payload> {
         let electron = Ok(self.next_child(atom, payload));
-        Call::new(self.asker.clone(), Some(Arc::clone(&self.slot)), electron, |payload| {
-            Ok(payload.clone())
-        })
+        Call::new(self.asker.clone(), Some(&self.slot), electron, |payload| Ok(payload.clone()))
     }
 
     /// Asks one atom for each input, a window of them at a time, and combines what comes back.

@@ -237,7 +237,7 @@ where
         }
         let link = &self.cx.asker.link;
         self.sending = Some(Box::pin(async move {
-            let results = link.send(envelopes).await;
+            let results = link.send(&envelopes).await;
             sent.into_iter().zip(results).map(|((index, id), result)| (index, id, result)).collect()
         }));
     }

@@ -134,10 +134,10 @@ impl Link {
     ///
     /// What a lost session leaves unknown is sent again, under the same ids. No result is
     /// [`SendError::Unknown`] or [`SendError::NotTaken`]; the caller bounds the time.
-    pub(crate) async fn send(&self, envelopes: Vec<Envelope>) -> Vec<Result<(), SendError>> {
+    pub(crate) async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
         let open_now = self.session.borrow().clone();
         let mut results = match open_now {
-            Some(session) => session.send(&envelopes).await,
+            Some(session) => session.send(envelopes).await,
             None => vec![Err(SendError::Unknown(String::new())); envelopes.len()],
         };
         let mut pauses = backoff();

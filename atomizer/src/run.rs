@@ -5,6 +5,7 @@ use std::{any::Any, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures::FutureExt;
 use tokio::{
     runtime::Handle,
+    sync::mpsc,
     task::{self, AbortHandle},
     time::timeout,
 };
@@ -24,31 +25,45 @@ impl Drop for Run {
     }
 }
 
-/// Starts a run, which reports its result unless it is aborted.
-#[expect(clippy::disallowed_methods, reason = "owned by the `Run`, which aborts it when dropped")]
-pub(crate) fn spawn(
-    atom: Arc<dyn RawAtom>,
-    context: Context,
-    options: &Options,
-    report: impl FnOnce(RunResult) + Send + 'static,
-) -> Run {
-    let limit = context.electron().time_limit.or(options.run_time_limit());
-    let running = async move {
-        let result = AssertUnwindSafe(run(&*atom, context, limit)).catch_unwind().await;
-        report(result.unwrap_or_else(|panic| Err(panicked(&*panic))));
-    };
-    let task = if options.is_blocking() {
-        let runtime = Handle::current();
-        task::spawn_blocking(move || runtime.block_on(running))
-    } else {
-        task::spawn(running)
-    };
-    Run(task.abort_handle())
+/// Starts runs of one atom. Generics stop here: behind it is any [`RawAtom`].
+pub(crate) trait Start: Send + Sync {
+    /// Starts a run, which reports its result unless it is aborted.
+    fn start(self: Arc<Self>, context: Context, options: &Options, report: Report) -> Run;
+}
+
+/// Where the result of one run goes.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) key: u64,
+    pub(crate) to: mpsc::UnboundedSender<(u64, RunResult)>,
+}
+
+impl<A: RawAtom> Start for A {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "owned by the `Run`, which aborts it when dropped"
+    )]
+    fn start(self: Arc<Self>, context: Context, options: &Options, report: Report) -> Run {
+        let limit = context.electron().time_limit.or(options.run_time_limit());
+        let running = async move {
+            let result = AssertUnwindSafe(run(&*self, context, limit)).catch_unwind().await;
+            let result = result.unwrap_or_else(|panic| Err(panicked(&*panic)));
+            // An error says that the worker is gone, and with it the ticket.
+            drop(report.to.send((report.key, result)));
+        };
+        let task = if options.is_blocking() {
+            let runtime = Handle::current();
+            task::spawn_blocking(move || runtime.block_on(running))
+        } else {
+            task::spawn(running)
+        };
+        Run(task.abort_handle())
+    }
 }
 
 /// The context is dropped at the end, and with it the permit: before the result is reported.
-async fn run(atom: &dyn RawAtom, context: Context, limit: Option<Duration>) -> RunResult {
-    let running = atom.run(&context, context.electron().payload.clone());
+async fn run(atom: &impl RawAtom, context: Context, limit: Option<Duration>) -> RunResult {
+    let running = atom.run(&context, &context.electron().payload);
     let Some(limit) = limit else {
         return running.await.map_err(Failure::from);
     };

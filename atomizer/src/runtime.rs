@@ -64,7 +64,7 @@ impl Atomizer {
     /// # Cancel safety
     /// Dropping the call gives up the answer, not the electron.
     #[expect(clippy::needless_pass_by_value, reason = "callers write `call::<Double>(21)`")]
-    pub fn call<A: Atom>(&self, input: A::Input) -> Call<A::Output> {
+    pub fn call<A: Atom>(&self, input: A::Input) -> Call<'static, A::Output> {
         let electron =
             erased::encode(&input).map(|payload| Electron::new(AtomId::of::<A>(), payload));
         Call::new(self.asker(), None, electron, erased::decode)
@@ -77,7 +77,7 @@ impl Atomizer {
     ///
     /// # Cancel safety
     /// Dropping the call gives up the answer, not the electron.
-    pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<Payload> {
+    pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<'static, Payload> {
         let electron = Ok(Electron::new(atom, payload));
         Call::new(self.asker(), None, electron, |payload| Ok(payload.clone()))
     }

@@ -18,13 +18,13 @@ use tokio::{
 };
 
 use crate::{
-    AtomId, Context, Delivery, Electron, EventKind, Message, Options, RawAtom, Source, Ticket,
+    AtomId, Context, Delivery, Electron, EventKind, Message, Options, Source, Ticket,
     admission::{Lane, Permit, Priority, Slot},
     ask::Asker,
     clock,
     intake::{Intake, Taken},
     node::Stage,
-    run::{self, Run, RunResult},
+    run::{Report, Run, RunResult, Start},
     settle::{Settled, Settlement, Settler, Verdict, settle},
 };
 
@@ -32,7 +32,7 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct Registered {
     pub(crate) id: AtomId,
-    pub(crate) atom: Arc<dyn RawAtom>,
+    pub(crate) atom: Arc<dyn Start>,
     pub(crate) options: Options,
     pub(crate) lane: Lane,
 }
@@ -180,7 +180,7 @@ impl Worker {
                 unfit.push(self.settler.misdirected(ticket, electron));
             }
         }
-        self.settle(unfit, Duration::ZERO);
+        self.settle(unfit);
         self.start_ready();
     }
 
@@ -212,16 +212,12 @@ impl Worker {
     fn start(&mut self, electron: Arc<Electron>, ticket: Ticket, permit: Permit, began: Began) {
         let (id, attempt) = (electron.id, electron.attempts + 1);
         self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
-        let slot = Arc::new(Slot::new(permit));
+        let slot = Slot::new(permit);
         let context = Context::new(self.asker.clone(), Arc::clone(&electron), slot);
         let key = self.next_key;
         self.next_key += 1;
-        let finish = self.finish.clone();
-        let report = move |result| {
-            // An error says that the worker is gone, and with it the ticket.
-            drop(finish.send((key, result)));
-        };
-        let run = run::spawn(Arc::clone(&self.atom.atom), context, &self.atom.options, report);
+        let report = Report { key, to: self.finish.clone() };
+        let run = Arc::clone(&self.atom.atom).start(context, &self.atom.options, report);
         self.in_flight.insert(key, InFlight { electron, ticket, began, _run: run });
     }
 
@@ -235,7 +231,7 @@ impl Worker {
             let took = now.saturating_duration_since(began.instant);
             batch.push(self.settler.electron(ticket, electron, began.at, took, result));
         }
-        self.settle(batch, Duration::ZERO);
+        self.settle(batch);
         self.start_ready();
     }
 
@@ -246,14 +242,22 @@ impl Worker {
                     ending.log(&self.atom.id);
                     self.emit(|atom| ending.into_event(atom));
                 }
-                Verdict::Again { settlement, after } => self.settle(vec![settlement], after),
+                Verdict::Again { settlement, after } => {
+                    self.settling.push(settle(self.intake.session(), vec![settlement], after));
+                }
             }
         }
     }
 
-    fn settle(&self, batch: Vec<Settlement>, after: Duration) {
-        if !batch.is_empty() {
-            self.settling.push(settle(self.intake.session(), batch, after));
+    fn settle(&self, batch: Vec<Settlement>) {
+        if batch.is_empty() {
+            return;
+        }
+        let mut settling = settle(self.intake.session(), batch, Duration::ZERO);
+        // A conductor that need not wait is done by now.
+        match (&mut settling).now_or_never() {
+            Some(settled) => self.on_settled(settled),
+            None => self.settling.push(settling),
         }
     }
 

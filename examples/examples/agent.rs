@@ -11,7 +11,7 @@ use atomizer_atoms::{MonteCarlo, Toss};
 use atomizer_examples::{
     Exit,
     broker::{self, Broker},
-    cli, signals,
+    signals,
     tosses::{Scaled, TossCount},
 };
 use clap::Parser;

@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_run_has_a_thousand_electrons() {
-        for tosses in [1, 999, 1_000, 1_999, 2_000, 3_999, 4_000, 1_000_000, 5_000_000_000] {
+        for tosses in [1_u64, 999, 1_000, 1_999, 2_000, 3_999, 4_000, 1_000_000, 5_000_000_000] {
             let electrons = tosses.div_ceil(batch_for(tosses));
             assert!(electrons >= tosses.min(1_000), "{tosses} tosses in {electrons} electrons");
         }

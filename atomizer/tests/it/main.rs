@@ -1,5 +1,11 @@
 //! The runtime as its users see it, on the in-memory conductor.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test that panics has failed, and its tasks end with it"
+)]
+
 mod atoms;
 mod conductors;
 mod drain;

@@ -34,7 +34,7 @@ fn the_order_of_the_batches_does_not_matter() {
 fn a_seed_means_the_same_for_ever() {
     let tossed = [(1, 0), (1, 1), (2, 0), (u64::MAX, u64::MAX)]
         .map(|(seed, stream)| toss(&Batch { tosses: 100_000, seed, stream }));
-    assert_eq!(tossed, [0; 4]);
+    assert_eq!(tossed, [78_245, 78_637, 78_227, 78_711]);
 }
 
 #[test]

@@ -1,0 +1,6 @@
+//! The example programs, as people run them: real processes, a real broker.
+
+mod cluster;
+mod harness;
+mod misuse;
+mod single;
