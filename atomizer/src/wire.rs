@@ -152,7 +152,8 @@ fn encode_electron(electron: Electron) -> Wire {
         wire.set(header::ATTEMPT, electron.attempts);
     }
     if let Some(limit) = electron.time_limit {
-        wire.set(header::TIME_LIMIT_MS, limit.as_millis());
+        // A limit below a millisecond must not become none at all.
+        wire.set(header::TIME_LIMIT_MS, limit.as_millis().max(1));
     }
     if !electron.history.is_empty() {
         let history = serde_json::to_string(&electron.history).expect("failures are plain data");

@@ -95,38 +95,51 @@ struct Served {
     tosses: u64,
 }
 
-/// Counts what the node does and says so, at most once a second, until the node has stopped.
+/// Counts what the node does until it has stopped. Says when it takes up work, and every second what it did.
 async fn follow(mut events: EventStream, tosses: &TossCount) -> Served {
     let mut served = Served::default();
-    let mut said = (Served::default(), Instant::now());
+    let mut said = (served, Instant::now());
+    let mut idle = true;
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
-            event = events.next() => match event {
-                None => return served,
-                Some(Err(missed)) => tracing::warn!("{missed}: too much happens to count it all"),
-                Some(Ok(event)) => match event.kind {
-                    // Failures are in the log already.
-                    EventKind::Completed { .. } | EventKind::Failed { .. } => served.electrons += 1,
-                    EventKind::Stopped => return served,
-                    _ => {}
-                },
-            },
+        let event = tokio::select! {
+            event = events.next() => event,
             _ = seconds.tick() => {
                 served.tosses = tosses.get();
-                let (before, then) = said;
-                if served.electrons > before.electrons {
-                    tracing::info!(
-                        "did {} electrons, {} tosses in {:.1} s; {} electrons in all",
-                        served.electrons - before.electrons,
-                        Scaled((served.tosses - before.tosses) as f64),
-                        then.elapsed().as_secs_f64(),
-                        served.electrons,
-                    );
+                idle = served.electrons == said.0.electrons;
+                if !idle {
+                    say_since(said, served);
                 }
                 said = (served, Instant::now());
+                continue;
             }
+        };
+        match event {
+            None => return served,
+            Some(Err(missed)) => tracing::warn!("{missed}: too much happens to count it all"),
+            Some(Ok(event)) => match event.kind {
+                EventKind::Started { .. } if idle => {
+                    idle = false;
+                    tracing::info!("at work");
+                    said.1 = Instant::now();
+                    seconds.reset();
+                }
+                // Failures are in the log already.
+                EventKind::Completed { .. } | EventKind::Failed { .. } => served.electrons += 1,
+                EventKind::Stopped => return served,
+                _ => {}
+            },
         }
     }
+}
+
+fn say_since((before, then): (Served, Instant), now: Served) {
+    tracing::info!(
+        "did {} electrons, {} tosses in {:.1} s; {} electrons in all",
+        now.electrons - before.electrons,
+        Scaled((now.tosses - before.tosses) as f64),
+        then.elapsed().as_secs_f64(),
+        now.electrons,
+    );
 }

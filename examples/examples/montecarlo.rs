@@ -39,7 +39,7 @@ use tokio::signal::ctrl_c;
 )]
 struct Options {
     /// How many points to toss, as in 5000000, 5_000_000 or 5e6.
-    #[arg(long, value_name = "N", default_value = "5e9", value_parser = cli::count, allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", default_value = "3e9", value_parser = cli::count, allow_hyphen_values = true)]
     tosses: u64,
     /// How many points one electron tosses [default: chosen for at least 1,000 electrons].
     #[arg(long, value_name = "N", value_parser = cli::count, allow_hyphen_values = true)]

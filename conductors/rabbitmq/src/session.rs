@@ -191,11 +191,8 @@ impl RabbitSession {
         }
     }
 
-    /// Makes sure that the queue of an atom is there, once per session.
+    /// Makes sure that the queue of an atom is there.
     async fn declare_atom(&self, atom: &AtomId) -> Result<(), SessionError> {
-        if self.declared().contains(atom) {
-            return Ok(());
-        }
         self.request(&self.publishing, async |channel| {
             self.topology.declare_atom(channel, atom).await
         })
@@ -204,13 +201,31 @@ impl RabbitSession {
         Ok(())
     }
 
+    /// Makes sure that the queues of all these are there, asking the broker once per session.
     async fn declare_all(&self, envelopes: &[Envelope]) -> Result<(), SessionError> {
         for envelope in envelopes {
-            if let To::Atom(atom) = &envelope.to {
+            if let To::Atom(atom) = &envelope.to
+                && !self.declared().contains(atom)
+            {
                 self.declare_atom(atom).await?;
             }
         }
         Ok(())
+    }
+
+    /// A queue that was there and takes nothing was deleted: it is declared again before the next try.
+    fn forget_deleted(
+        &self,
+        envelope: &Envelope,
+        result: Result<(), SendError>,
+    ) -> Result<(), SendError> {
+        match (&envelope.to, result) {
+            (To::Atom(atom), Err(SendError::Unroutable(queue))) => {
+                self.declared().remove(atom);
+                Err(SendError::NotTaken(format!("the queue of {queue} was deleted")))
+            }
+            (_, result) => result,
+        }
     }
 
     /// Hands a settlement to its lane; what comes back is where the result will be.
@@ -323,7 +338,9 @@ impl Session for RabbitSession {
         if let Err(error) = self.declare_all(envelopes).await {
             return vec![Err(SendError::Unknown(error.to_string())); envelopes.len()];
         }
-        self.publisher.publish(envelopes).await
+        let results = self.publisher.publish(envelopes).await;
+        let results = envelopes.iter().zip(results);
+        results.map(|(envelope, result)| self.forget_deleted(envelope, result)).collect()
     }
 
     async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {

@@ -5,12 +5,14 @@ use atomizer_test_support::{Broker, shared};
 use crate::harness::{From, Program, Report, run};
 
 /// A run long enough to be disturbed, also where the agents are built without optimisation.
-const TOSSES: &str = "1e8";
+const TOSSES: &str = "2e8";
 const SEED: &str = "42";
 
+/// One electron at a time each, so that the run takes long enough however many cores there are.
 fn agents(count: usize, url: &str) -> Vec<Program> {
-    let mut agents: Vec<_> =
-        (0..count).map(|_| Program::start("agent", &["--amqp", url])).collect();
+    let mut agents: Vec<_> = (0..count)
+        .map(|_| Program::start("agent", &["--amqp", url, "--concurrency", "1"]))
+        .collect();
     for agent in &mut agents {
         agent.wait_for(From::Stderr, "serves montecarlo and montecarlo.toss");
     }
@@ -23,9 +25,9 @@ fn ask(url: &str) -> Program {
     console
 }
 
-/// Waits until an agent has told of its work.
+/// Waits until an agent has begun to work.
 fn works(agent: &mut Program) {
-    agent.wait_for(From::Stderr, "tosses in");
+    agent.wait_for(From::Stderr, "at work");
 }
 
 /// The same run on one node alone.
@@ -103,9 +105,9 @@ fn a_crash_of_the_broker_costs_nothing() {
     let expected = undisturbed();
     let broker = Broker::start().expect("a broker");
     let mut agents = agents(2, &broker.url("/"));
-    broker.flush().expect("it writes to disk");
     let mut console = ask(&broker.url("/"));
     agents.iter_mut().for_each(works);
+    broker.flush().expect("it writes to disk");
     broker.kill().expect("it dies");
     assert!(!console.has_answered(), "it was killed in the middle of the run");
     broker.start_again().expect("it starts again");

@@ -165,7 +165,7 @@ pub(crate) const PASSWORD: &str = "s3cret";
 /// The line for machines.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Report {
-    /// As written: with 8 decimals it tells two counts apart up to 10⁸ tosses.
+    /// As written: up to 4 · 10⁸ tosses, 8 decimals tell any two counts of points apart.
     pub(crate) pi: String,
     pub(crate) tosses: u64,
     pub(crate) electrons: u64,

@@ -75,7 +75,7 @@ fn a_broker_that_is_not_there_is_tried_for_five_seconds() {
         assert!(stderr.contains(&tried), "{stderr}");
         assert!(stderr.contains("Connection refused"), "{stderr}");
         let took = start.elapsed();
-        assert!((3..15).contains(&took.as_secs()), "{took:?}");
+        assert!((2..15).contains(&took.as_secs()), "{took:?}");
     }
 }
 
@@ -104,10 +104,11 @@ fn an_agent_keeps_trying_and_can_be_stopped_meanwhile() {
 fn a_broker_that_refuses_is_not_tried_again() {
     let broker = shared().expect("a broker");
     let vhost = broker.vhost().expect("a virtual host");
-    broker.add_user("alice", PASSWORD, vhost.name(), &Permissions::all()).expect("a user");
+    let alice = format!("alice-of-{}", vhost.name());
+    broker.add_user(&alice, PASSWORD, vhost.name(), &Permissions::all()).expect("a user");
     for (url, reason) in [
-        (vhost.url_as("alice", &format!("{PASSWORD}-not")), "ACCESS_REFUSED"),
-        (broker.url_as("alice", PASSWORD, "nowhere"), "nowhere"),
+        (vhost.url_as(&alice, &format!("{PASSWORD}-not")), "ACCESS_REFUSED"),
+        (broker.url_as(&alice, PASSWORD, "nowhere"), "nowhere"),
     ] {
         for program in ["montecarlo", "agent", "console"] {
             let start = Instant::now();
@@ -119,4 +120,5 @@ fn a_broker_that_refuses_is_not_tried_again() {
             assert!(took < Duration::from_secs(4), "{took:?}");
         }
     }
+    broker.delete_user(&alice).expect("it goes");
 }

@@ -1,0 +1,167 @@
+//! Faults in the middle of work: nothing is lost, every call resolves once, the node takes electrons again.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use atomizer::{Atomizer, CallError, EventKind, prelude::*};
+use atomizer_test_support::{Broker, Proxy};
+use tokio::{sync::Semaphore, task::JoinSet};
+
+use crate::support::{Double, blocking, rabbit, serve, soon, until, vhost};
+
+/// Asks for the doubles of so many numbers at once.
+fn ask(asker: &Atomizer, numbers: std::ops::Range<u64>) -> JoinSet<Result<(u64, u64), CallError>> {
+    let mut calls = JoinSet::new();
+    for number in numbers {
+        let call = asker.call::<Double>(number).into_future();
+        calls.spawn(async move { Ok((number, call.await?)) });
+    }
+    calls
+}
+
+/// Every call has its own answer, and only that.
+async fn all_answered(calls: JoinSet<Result<(u64, u64), CallError>>) {
+    for answer in soon(calls.join_all()).await {
+        let (number, double) = answer.unwrap();
+        assert_eq!(double, number * 2);
+    }
+}
+
+/// Asks before, during and after a fault. Both sides must have lost their sessions: the fault was real.
+async fn survive(asker: Atomizer, worker: Atomizer, fault: impl FnOnce() + Send + 'static) {
+    let (mut asking, mut working) = (asker.events(), worker.events());
+    let mut calls = ask(&asker, 0..500);
+    let before = soon(calls.join_next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(before.1, before.0 * 2);
+    let during = blocking(fault);
+    let more = ask(&asker, 500..1000);
+    during.await;
+    for events in [&mut asking, &mut working] {
+        until(events, |kind| matches!(kind, EventKind::SessionLost { .. })).await;
+        until(events, |kind| matches!(kind, EventKind::SessionOpened)).await;
+    }
+    all_answered(calls).await;
+    all_answered(more).await;
+    all_answered(ask(&asker, 1000..1100)).await;
+    asker.drain().await.unwrap();
+    worker.drain().await.unwrap();
+}
+
+async fn asker(url: &str) -> Atomizer {
+    Atomizer::builder().conductor(rabbit(url)).start().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_restart_loses_nothing() {
+    let broker = Arc::new(blocking(|| Broker::start().unwrap()).await);
+    let url = broker.url("/");
+    let (asker, worker) = (asker(&url).await, serve(&url).await);
+    let restarted = Arc::clone(&broker);
+    survive(asker, worker, move || restarted.restart().unwrap()).await;
+    blocking(move || drop(broker)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_crash_loses_nothing() {
+    let broker = Arc::new(blocking(|| Broker::start().unwrap()).await);
+    let url = broker.url("/");
+    let (asker, worker) = (asker(&url).await, serve(&url).await);
+    let crashed = Arc::clone(&broker);
+    survive(asker, worker, move || {
+        // A queue that was declared a moment ago does not outlive a crash of RabbitMQ 3.10.
+        crashed.flush().unwrap();
+        crashed.kill().unwrap();
+        crashed.start_again().unwrap();
+    })
+    .await;
+    blocking(move || drop(broker)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_the_broker_closes_lose_nothing() {
+    let vhost = Arc::new(vhost().await);
+    let (asker, worker) = (asker(&vhost.url()).await, serve(&vhost.url()).await);
+    let closing = Arc::clone(&vhost);
+    survive(asker, worker, move || closing.close_connections("a test").unwrap()).await;
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_cut_lose_nothing() {
+    let vhost = vhost().await;
+    let proxy = Arc::new(Proxy::start(vhost.node().address()).unwrap());
+    let url = vhost.url_through(proxy.address());
+    let (asker, worker) = (asker(&url).await, serve(&url).await);
+    let cut = Arc::clone(&proxy);
+    survive(asker, worker, move || cut.cut()).await;
+    blocking(move || drop((vhost, proxy))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_queue_is_made_again_and_served() {
+    let vhost = Arc::new(vhost().await);
+    let (asker, worker) = (asker(&vhost.url()).await, serve(&vhost.url()).await);
+    all_answered(ask(&asker, 0..10)).await;
+    let mut events = worker.events();
+    let deleted = Arc::clone(&vhost);
+    blocking(move || {
+        let path = format!("/api/queues/{}/atomizer.atom.double", deleted.name());
+        deleted.node().manage("DELETE", &path, None).unwrap();
+    })
+    .await;
+    until(&mut events, |kind| matches!(kind, EventKind::SubscriptionLost { .. })).await;
+    all_answered(ask(&asker, 10..20)).await;
+    asker.drain().await.unwrap();
+    worker.drain().await.unwrap();
+    blocking(move || drop(vhost)).await;
+}
+
+/// Tells that it runs, and goes on only when it may.
+struct Held {
+    runs: Arc<AtomicUsize>,
+    gate: Arc<Semaphore>,
+}
+
+impl Atom for Held {
+    const ID: &'static str = "held";
+    type Input = u64;
+    type Output = u64;
+
+    async fn process(&self, _cx: &Context, input: u64) -> Result<u64> {
+        self.runs.fetch_add(1, Ordering::SeqCst);
+        self.gate.acquire().await?.forget();
+        Ok(input)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_electron_in_work_on_a_node_that_is_cut_off_runs_on_another() {
+    let vhost = vhost().await;
+    let proxy = Proxy::start(vhost.node().address()).unwrap();
+    let held = |gate: usize| {
+        let runs = Arc::new(AtomicUsize::new(0));
+        (Arc::clone(&runs), Held { runs, gate: Arc::new(Semaphore::new(gate)) })
+    };
+    let (_, never) = held(0);
+    let cut_off =
+        Atomizer::builder().conductor(rabbit(&vhost.url_through(proxy.address()))).atom(never);
+    let cut_off = cut_off.start().await.unwrap();
+    let mut events = cut_off.events();
+    let asker = asker(&vhost.url()).await;
+    let mut call = JoinSet::new();
+    call.spawn(asker.call::<Held>(9).into_future());
+    until(&mut events, |kind| matches!(kind, EventKind::Started { .. })).await;
+    let (runs, willing) = held(1);
+    let other =
+        Atomizer::builder().conductor(rabbit(&vhost.url())).atom(willing).start().await.unwrap();
+    proxy.refuse(true);
+    proxy.cut();
+    assert_eq!(soon(call.join_next()).await.unwrap().unwrap().unwrap(), 9);
+    assert_eq!(runs.load(Ordering::SeqCst), 1, "the other node ran it");
+    other.drain().await.unwrap();
+    asker.drain().await.unwrap();
+    drop(cut_off);
+    blocking(move || drop((vhost, proxy))).await;
+}

@@ -1,0 +1,9 @@
+//! What the RabbitMQ conductor does beyond the contract, on a real broker.
+
+#![expect(clippy::unwrap_used, reason = "a test that panics has failed")]
+
+mod faults;
+mod interop;
+mod open;
+mod support;
+mod topology;

@@ -1,0 +1,58 @@
+//! What these tests share.
+
+use std::time::Duration;
+
+use atomizer::{AtomError, EventKind, EventStream, prelude::*};
+use atomizer_rabbitmq::RabbitMq;
+use atomizer_test_support::{Vhost, shared};
+use tokio::task::spawn_blocking;
+
+/// Runs what blocks, such as starting a broker, beside the runtime.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    spawn_blocking(work).await.unwrap()
+}
+
+pub(crate) async fn vhost() -> Vhost {
+    blocking(|| shared().expect("a broker").vhost().unwrap()).await
+}
+
+pub(crate) fn rabbit(url: &str) -> RabbitMq {
+    RabbitMq::from_url(url).unwrap()
+}
+
+pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(90), future).await.expect("it happens soon")
+}
+
+pub(crate) async fn until(
+    events: &mut EventStream,
+    fits: impl Fn(&EventKind) -> bool,
+) -> EventKind {
+    soon(async {
+        loop {
+            // Events that are missed are of electrons, of which there are many.
+            if let Ok(event) = events.next().await.expect("the node lives")
+                && fits(&event.kind)
+            {
+                return event.kind;
+            }
+        }
+    })
+    .await
+}
+
+pub(crate) struct Double;
+
+impl Atom for Double {
+    const ID: &'static str = "double";
+    type Input = u64;
+    type Output = u64;
+
+    async fn process(&self, _cx: &Context, input: u64) -> Result<u64> {
+        input.checked_mul(2).ok_or_else(|| AtomError::msg("too large to double"))
+    }
+}
+
+pub(crate) async fn serve(url: &str) -> Atomizer {
+    Atomizer::builder().conductor(rabbit(url)).atom(Double).start().await.unwrap()
+}
