@@ -72,6 +72,9 @@ async fn talk(node: &Atomizer, options: &Options) -> anyhow::Result<()> {
         let mut line = Vec::new();
         let length = input.read_until(b'\n', &mut line).await.context("failed to read stdin")?;
         if length == 0 {
+            if on_terminal {
+                eprintln!();
+            }
             return Ok(());
         }
         let line = String::from_utf8_lossy(&line);

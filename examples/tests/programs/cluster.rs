@@ -1,5 +1,7 @@
 //! Many agents on one broker, and what becomes of the work when some of it all goes away.
 
+use std::time::{Duration, Instant};
+
 use atomizer_test_support::{Broker, shared};
 
 use crate::harness::{From, Program, Report, run};
@@ -82,6 +84,20 @@ fn an_agent_that_is_killed_costs_nothing() {
     }
     assert!(!console.has_answered(), "it was killed in the middle of the run");
     assert_eq!(answer(console), expected);
+}
+
+#[test]
+fn an_agent_stops_soon_in_the_middle_of_work() {
+    let vhost = shared().expect("a broker").vhost().expect("a virtual host");
+    let mut agents = agents(1, &vhost.url());
+    let mut console = Program::start("console", &["--amqp", &vhost.url()]);
+    console.type_line("1e10");
+    agents.iter_mut().for_each(works);
+    let start = Instant::now();
+    agents.into_iter().for_each(|agent| assert!(served(agent) > 0));
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(!console.has_answered(), "it stopped in the middle of the run");
 }
 
 #[test]
