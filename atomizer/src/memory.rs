@@ -105,6 +105,9 @@ impl Conductor for Memory {
 }
 
 /// All queues. One lock is enough: it is held for a few moves at a time, and never over an `await`.
+///
+/// Locks are taken in this order: the list of lanes, the queues, one lane. Nothing that holds one of them
+/// drops a ticket.
 #[derive(Default)]
 struct Broker {
     state: Mutex<State>,
@@ -294,35 +297,44 @@ impl MemorySession {
         self.ended.borrow().clone().map_or(Ok(()), Err)
     }
 
-    fn settle_one(&self, ticket: Ticket, outcome: Outcome) -> Result<(), SettleError> {
-        if ticket.epoch() != self.epoch {
-            return Err(SettleError::Stale);
-        }
-        let Outcome::Done { emit } = outcome else {
-            drop(ticket);
-            return Ok(());
+    /// Settles a batch under one lock. What must be dropped is left in `dropped`: a ticket that is dropped
+    /// locks again.
+    fn settle_all(
+        &self,
+        batch: Vec<(Ticket, Outcome)>,
+        dropped: &mut Vec<Ticket>,
+    ) -> Vec<Result<(), SettleError>> {
+        let lanes = self.lanes.lock();
+        let mut broker = self.broker.lock();
+        let settle = |(ticket, outcome): (Ticket, Outcome)| {
+            if ticket.epoch() != self.epoch {
+                dropped.push(ticket);
+                return Err(SettleError::Stale);
+            }
+            let Outcome::Done { emit } = outcome else {
+                dropped.push(ticket);
+                return Ok(());
+            };
+            let (channel, key) = ticket.take();
+            let lane = lanes.get(channel as usize).ok_or(SettleError::Stale)?;
+            let mut held = lane.lock();
+            // Gone when the session has ended: it is on its way to someone else.
+            let stored = held.by_key.remove(&key).ok_or(SettleError::Stale)?;
+            let put = |envelope| broker.put(envelope, self.limits).err();
+            let failed: Vec<_> = emit.into_iter().filter_map(put).collect();
+            if failed.is_empty() {
+                lane.bell.notify_one();
+                return Ok(());
+            }
+            held.by_key.insert(key, stored);
+            let ticket = Ticket::new(self.epoch, channel, key, self.release());
+            Err(SettleError::NotSafe { ticket, failed })
         };
-        let (channel, key) = ticket.take();
-        let lane = self.lanes.get(channel).ok_or(SettleError::Stale)?;
-        if !lane.lock().by_key.contains_key(&key) {
-            return Err(SettleError::Stale);
-        }
-        let mut failed = Vec::new();
-        if !emit.is_empty() {
-            let mut broker = self.broker.lock();
-            failed.extend(
-                emit.into_iter().filter_map(|envelope| broker.put(envelope, self.limits).err()),
-            );
-        }
-        if failed.is_empty() {
-            let removed = lane.lock().by_key.remove(&key);
-            lane.bell.notify_one();
-            // The session may have ended meanwhile, and the delivery be on its way to someone else.
-            return removed.map_or(Err(SettleError::Stale), |_| Ok(()));
-        }
-        let lanes: Arc<dyn Release> = Arc::clone(&self.lanes) as _;
-        let ticket = Ticket::new(self.epoch, channel, key, lanes);
-        Err(SettleError::NotSafe { ticket, failed })
+        batch.into_iter().map(settle).collect()
+    }
+
+    fn release(&self) -> Arc<dyn Release> {
+        Arc::clone(&self.lanes) as _
     }
 
     async fn send_one(&self, envelope: &Envelope) -> Result<(), SendError> {
@@ -407,7 +419,10 @@ impl Session for MemorySession {
     }
 
     async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {
-        batch.into_iter().map(|(ticket, outcome)| self.settle_one(ticket, outcome)).collect()
+        let mut dropped = Vec::new();
+        let results = self.settle_all(batch, &mut dropped);
+        drop(dropped);
+        results
     }
 
     async fn ended(&self) -> SessionError {

@@ -92,7 +92,9 @@ fn an_agent_stops_soon_in_the_middle_of_work() {
     let mut agents = agents(1, &vhost.url());
     let mut console = Program::start("console", &["--amqp", &vhost.url()]);
     console.type_line("1e10");
-    agents.iter_mut().for_each(works);
+    for agent in &mut agents {
+        agent.wait_for(From::Stderr, "electrons in all");
+    }
     let start = Instant::now();
     agents.into_iter().for_each(|agent| assert!(served(agent) > 0));
     let took = start.elapsed();
