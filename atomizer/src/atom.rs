@@ -97,7 +97,8 @@ impl Options {
 
     /// Limits how long one run may take; without it, and without one in the electron, it may run for ever.
     ///
-    /// At the limit the future is dropped at its next `await`, and the asker is answered.
+    /// At the limit the future is dropped at its next `await`, and the asker is answered. An atom that never
+    /// awaits is not stopped.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.time_limit = Some(limit);
         self
@@ -105,7 +106,8 @@ impl Options {
 
     /// Says that the atom computes or blocks: it runs on threads of their own, one per core by default.
     ///
-    /// An atom that blocks and does not say so holds up other atoms.
+    /// An atom that blocks and does not say so holds up other atoms. A run that blocks cannot be stopped from
+    /// outside: neither a time limit nor the end of the node ends it before its next `await`.
     pub fn blocking(mut self) -> Self {
         self.blocking = true;
         self

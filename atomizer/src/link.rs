@@ -9,7 +9,7 @@ use std::{
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
@@ -56,26 +56,25 @@ impl Link {
         for pause in backoff() {
             let open = self.conductor.open(&node.id);
             let opened = match deadline {
-                Some(deadline) => tokio::time::timeout_at(deadline, open)
+                Some(deadline) => timeout_at(deadline, open)
                     .await
                     .unwrap_or_else(|_| Err(OpenError::Unreachable("no answer".to_owned()))),
                 None => open.await,
             };
-            match opened {
+            let error = match opened {
                 Ok(session) => {
                     self.reply_to.get_or_init(|| session.reply_to());
                     self.opened(node, session);
                     return Ok(());
                 }
-                Err(error @ OpenError::Unreachable(_)) => {
-                    let late = deadline.is_some_and(|deadline| Instant::now() + pause >= deadline);
-                    if late {
-                        return Err(error);
-                    }
-                    self.open_failed(node, &error, pause);
-                    sleep(pause).await;
-                }
+                Err(error @ OpenError::Unreachable(_)) => error,
                 Err(error) => return Err(error),
+            };
+            let left = deadline.map_or(Duration::MAX, |deadline| deadline - Instant::now());
+            self.open_failed(node, &error, pause.min(left));
+            sleep(pause.min(left)).await;
+            if pause >= left {
+                return Err(error);
             }
         }
         unreachable!("the backoff has no end")

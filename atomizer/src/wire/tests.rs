@@ -124,10 +124,10 @@ fn read_electron(wire: Wire, queue: Option<&AtomId>) -> Electron {
     }
 }
 
-fn reason(wire: Wire) -> String {
+fn reason(wire: &Wire) -> String {
     match Message::from_wire(wire.clone(), None) {
         Message::Unreadable(unreadable) => {
-            assert_eq!(unreadable.wire, wire, "kept whole");
+            assert_eq!(unreadable.wire, *wire, "kept whole");
             unreadable.reason.clone()
         }
         other => panic!("expected something unreadable, not {other:?}"),
@@ -174,17 +174,17 @@ fn what_cannot_be_read_says_why_and_is_kept_whole() {
         wire.headers.insert(name.into(), value);
         wire
     };
-    let newer = reason(with(header::VERSION, json!("2")));
+    let newer = reason(&with(header::VERSION, json!("2")));
     assert!(newer.contains("version 2 is newer than 1"), "{newer}");
-    let number = reason(with(header::ATTEMPT, json!("many")));
+    let number = reason(&with(header::ATTEMPT, json!("many")));
     assert!(number.contains("atomizer-attempt: invalid digit"), "{number}");
-    let list = reason(with(header::ATOM, json!(["a"])));
+    let list = reason(&with(header::ATOM, json!(["a"])));
     assert!(list.contains("not text"), "{list}");
-    let id = reason(Wire { id: Some("17".into()), ..written() });
+    let id = reason(&Wire { id: Some("17".into()), ..written() });
     assert!(id.contains("\"17\" is not a valid electron id"), "{id}");
-    let kind = reason(Wire { kind: Some("positron".into()), ..written() });
+    let kind = reason(&Wire { kind: Some("positron".into()), ..written() });
     assert!(kind.contains("unknown type \"positron\""), "{kind}");
-    let nameless = reason(Wire::default());
+    let nameless = reason(&Wire::default());
     assert!(nameless.contains("atomizer-atom is missing"), "{nameless}");
 }
 
