@@ -92,7 +92,8 @@ impl Builder {
         self
     }
 
-    /// Connects and starts to serve.
+    /// Connects and starts to serve. When it returns, the queues of all atoms are there and served, unless a
+    /// conductor refused that: then it is tried again, which the log and the events tell.
     ///
     /// # Errors
     /// [`StartError`] when the description is wrong, a conductor refuses, or cannot be reached in time.
@@ -115,7 +116,7 @@ impl Builder {
             opened.map_err(|source| StartError::Open { conductor: link.id().clone(), source })
         }))
         .await?;
-        Ok(Atomizer::spawn(node, stage_tx, links, &atoms, self.drain_timeout))
+        Ok(Atomizer::spawn(node, stage_tx, links, &atoms, self.drain_timeout).await)
     }
 }
 

@@ -1,6 +1,8 @@
 //! Hands the answers a node receives to whoever asked.
 
-use std::{num::NonZeroUsize, sync::Arc};
+use std::num::NonZeroUsize;
+
+use tokio::sync::oneshot;
 
 use crate::{
     AtomId, Delivery, EventKind, Message, Outcome, Source,
@@ -16,9 +18,9 @@ const WINDOW: NonZeroUsize = NonZeroUsize::new(1024).expect("not 0");
 const INBOX: AtomId = AtomId::from_static("inbox");
 
 /// Receives until it is dropped.
-pub(crate) async fn run(asker: Asker) {
+pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
     let Asker { node, link } = &asker;
-    let mut intake = Intake::new(Arc::clone(node), Arc::clone(link), Source::Inbox, WINDOW);
+    let mut intake = Intake::new(&asker, Source::Inbox, WINDOW, tried);
     let settler = Settler { node: node.id.clone(), atom: INBOX };
     loop {
         let Taken::Deliveries(deliveries) = intake.next(WINDOW).await else {

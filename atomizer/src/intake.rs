@@ -3,10 +3,14 @@
 use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::{oneshot, watch},
+    time::sleep,
+};
 
 use crate::{
     AtomId, Delivery, EventKind, SessionError, Source, Subscription,
+    ask::Asker,
     link::{Link, SharedSession, backoff},
     node::Node,
 };
@@ -19,6 +23,8 @@ pub(crate) struct Intake {
     sessions: watch::Receiver<Option<SharedSession>>,
     state: State,
     pauses: Box<dyn Iterator<Item = Duration> + Send>,
+    /// Told once, when the first subscription was made or refused.
+    tried: Option<oneshot::Sender<()>>,
 }
 
 /// Futures live here rather than on the stack of [`Intake::next`], which is dropped and called again.
@@ -38,11 +44,12 @@ pub(crate) enum Taken {
 
 impl Intake {
     pub(crate) fn new(
-        node: Arc<Node>,
-        link: Arc<Link>,
+        asker: &Asker,
         source: Source,
         window: NonZeroUsize,
+        tried: oneshot::Sender<()>,
     ) -> Self {
+        let Asker { node, link } = asker.clone();
         Self {
             sessions: link.sessions(),
             node,
@@ -51,6 +58,7 @@ impl Intake {
             window,
             state: State::NoSession,
             pauses: Box::new(backoff()),
+            tried: Some(tried),
         }
     }
 
@@ -115,6 +123,7 @@ impl Intake {
 
     fn subscribed(&mut self) {
         self.pauses = Box::new(backoff());
+        drop(self.tried.take());
         if let Some(atom) = self.atom() {
             tracing::info!(conductor = %self.link.id(), %atom, "takes electrons");
             self.node.events.emit(Some(self.link.id()), || EventKind::Subscribed { atom });
@@ -128,6 +137,7 @@ impl Intake {
             atom,
             error: error.to_string(),
         });
+        drop(self.tried.take());
         let pause = self.pauses.next().expect("the backoff has no end");
         self.state = State::Pausing(Box::pin(sleep(pause)));
     }

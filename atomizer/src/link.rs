@@ -53,15 +53,17 @@ impl Link {
         connect_timeout: Option<Duration>,
     ) -> Result<(), OpenError> {
         let deadline = connect_timeout.map(|timeout| Instant::now() + timeout);
+        // What to say when the time is over in the middle of a try.
+        let mut last = OpenError::Unreachable(format!("{:?} did not answer", self.conductor));
         for pause in backoff() {
             let open = self.conductor.open(&node.id);
             let opened = match deadline {
-                Some(deadline) => timeout_at(deadline, open)
-                    .await
-                    .unwrap_or_else(|_| Err(OpenError::Unreachable("no answer".to_owned()))),
+                Some(deadline) => {
+                    timeout_at(deadline, open).await.unwrap_or_else(|_| Err(last.clone()))
+                }
                 None => open.await,
             };
-            let error = match opened {
+            last = match opened {
                 Ok(session) => {
                     self.reply_to.get_or_init(|| session.reply_to());
                     self.opened(node, session);
@@ -71,11 +73,11 @@ impl Link {
                 Err(error) => return Err(error),
             };
             let left = deadline.map_or(Duration::MAX, |deadline| deadline - Instant::now());
-            self.open_failed(node, &error, pause.min(left));
-            sleep(pause.min(left)).await;
-            if pause >= left {
-                return Err(error);
+            if left.is_zero() {
+                return Err(last);
             }
+            self.open_failed(node, &last, pause.min(left));
+            sleep(pause.min(left)).await;
         }
         unreachable!("the backoff has no end")
     }

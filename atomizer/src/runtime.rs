@@ -2,8 +2,9 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use futures::future::join_all;
 use tokio::{
-    sync::watch,
+    sync::{oneshot, watch},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -169,12 +170,13 @@ impl Atomizer {
         Asker { node: Arc::clone(&self.node), link: Arc::clone(&self.links[0]) }
     }
 
-    /// Starts a node whose links are open. There is at least one.
+    /// Starts a node whose links are open. There is at least one. Returns when each subscription was made, or
+    /// refused for the first time.
     #[expect(
         clippy::disallowed_methods,
         reason = "the root of a node's tasks; all others are in its sets"
     )]
-    pub(crate) fn spawn(
+    pub(crate) async fn spawn(
         node: Node,
         stage: watch::Sender<Stage>,
         links: Vec<Arc<Link>>,
@@ -192,13 +194,16 @@ impl Atomizer {
             links: JoinSet::new(),
             drain_wanted,
         };
+        let mut tried = Vec::new();
         for link in &links {
-            supervisor.add(link, atoms);
+            supervisor.add(link, atoms, &mut tried);
         }
         tokio::spawn(async move {
             let result = supervisor.run().await;
             ended_tx.send_replace(Some(result));
         });
+        // Each is told by being dropped.
+        drop(join_all(tried).await);
         Self { node, links: links.into(), drain_timeout, drain, ended }
     }
 }
@@ -223,14 +228,24 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    fn add(&mut self, link: &Arc<Link>, atoms: &[Registered]) {
+    fn add(
+        &mut self,
+        link: &Arc<Link>,
+        atoms: &[Registered],
+        tried: &mut Vec<oneshot::Receiver<()>>,
+    ) {
+        let mut try_to_subscribe = || {
+            let (tx, rx) = oneshot::channel();
+            tried.push(rx);
+            tx
+        };
         let asker = Asker { node: Arc::clone(&self.node), link: Arc::clone(link) };
         for atom in atoms {
-            self.workers.spawn(Worker::new(asker.clone(), atom.clone()).run());
+            self.workers.spawn(Worker::new(asker.clone(), atom.clone(), try_to_subscribe()).run());
         }
         let (link, node) = (Arc::clone(link), Arc::clone(&self.node));
         self.links.spawn(async move { link.run(&node).await });
-        self.inboxes.spawn(inbox::run(asker));
+        self.inboxes.spawn(inbox::run(asker, try_to_subscribe()));
     }
 
     async fn run(mut self) -> Result<(), NodeError> {

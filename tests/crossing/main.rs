@@ -2,12 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics has failed")]
 
+mod requirements;
+
 use std::time::Duration;
 
-use atomizer::{Conductor, prelude::*};
+use atomizer::{Conductor, EventKind, prelude::*};
 use atomizer_atoms::{Estimate, MonteCarlo, Request, Toss};
 use atomizer_rabbitmq::RabbitMq;
-use atomizer_test_support::{Vhost, shared};
+use atomizer_test_support::{Proxy, Vhost, shared};
 use tokio::task::spawn_blocking;
 
 const REQUEST: Request = Request { tosses: 1_000_000, batch: 1_000, seed: 7 };
@@ -73,4 +75,34 @@ async fn one_node_serves_memory_and_rabbitmq_at_once() {
         node.drain().await.unwrap();
     }
     spawn_blocking(move || drop(vhost)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conductor_that_fails_fails_alone() {
+    let vhost = vhost().await;
+    let proxy = Proxy::start(vhost.node().address()).unwrap();
+    let memory = Memory::new();
+    let through = RabbitMq::from_url(&vhost.url_through(proxy.address())).unwrap();
+    let builder = Atomizer::builder().conductor(memory.clone()).conductor(through);
+    let serving = builder.atom(MonteCarlo::default()).atom(Toss).start().await.unwrap();
+    let mut events = serving.events();
+    proxy.refuse(true);
+    proxy.cut();
+    let lost = async {
+        while let Some(event) = events.next().await {
+            if matches!(event.unwrap().kind, EventKind::SessionLost { .. }) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), lost).await.unwrap();
+    let asker = Atomizer::builder().conductor(memory).start().await.unwrap();
+    let in_memory = asker.call::<MonteCarlo>(REQUEST).await.unwrap();
+    assert_eq!(in_memory.tosses, REQUEST.tosses, "the other conductor goes on");
+    proxy.refuse(false);
+    let asker = Atomizer::builder().conductor(rabbit(&vhost)).start().await.unwrap();
+    let over_rabbitmq = asker.call::<MonteCarlo>(REQUEST).deadline(Duration::from_secs(90));
+    assert_eq!(over_rabbitmq.await.unwrap(), in_memory, "and the failed one comes back");
+    serving.drain().await.unwrap();
+    spawn_blocking(move || drop((vhost, proxy))).await.unwrap();
 }

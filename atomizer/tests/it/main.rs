@@ -13,4 +13,5 @@ mod ends;
 mod events;
 mod fan_out;
 mod limits;
+mod raw;
 mod start;

@@ -29,13 +29,18 @@ use crate::{
 
 /// How long cancelling a consumer may take.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an acknowledgement may take to be written.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many commands are carried out before acknowledgements are sent.
 const COMMANDS_MAX: usize = 256;
 
 pub(crate) enum Command {
-    Settle { tag: u64, emit: Vec<Envelope>, done: oneshot::Sender<Result<(), SettleError>> },
+    Settle { tag: u64, emit: Vec<Envelope>, done: Done },
     Release { tag: u64 },
 }
+
+/// Where the result of one settlement goes.
+type Done = oneshot::Sender<Result<(), SettleError>>;
 
 /// Where the commands of one lane go. There are never more than deliveries out, so the window bounds them.
 pub(crate) type Commands = mpsc::UnboundedSender<Command>;
@@ -60,11 +65,11 @@ pub(crate) struct Settler {
     pub(crate) id: LaneId,
     pub(crate) channel: Channel,
     pub(crate) publisher: Publisher,
+    pub(crate) life: Life,
     pub(crate) commands: mpsc::UnboundedReceiver<Command>,
 }
 
-type Published =
-    (u64, Vec<(Envelope, atomizer::SendError)>, oneshot::Sender<Result<(), SettleError>>);
+type Published = (u64, Vec<(Envelope, atomizer::SendError)>, Done);
 
 impl Settler {
     pub(crate) async fn run(mut self) {
@@ -112,12 +117,7 @@ impl Settler {
         }
     }
 
-    fn published(
-        &self,
-        (tag, failed, done): Published,
-        acks: &mut Acks,
-        settled: &mut Vec<oneshot::Sender<Result<(), SettleError>>>,
-    ) {
+    fn published(&self, (tag, failed, done): Published, acks: &mut Acks, settled: &mut Vec<Done>) {
         if failed.is_empty() {
             acks.acknowledge(tag);
             settled.push(done);
@@ -128,34 +128,30 @@ impl Settler {
         }
     }
 
-    async fn release(&self, tag: u64) -> lapin::Result<()> {
+    async fn release(&self, tag: u64) -> Result<(), SessionError> {
         let options = BasicNackOptions { requeue: true, ..Default::default() };
-        self.channel.basic_nack(tag, options).await
+        self.life.bound(WRITE_TIMEOUT, self.channel.basic_nack(tag, options)).await
     }
 
-    async fn acknowledge(&self, acks: &mut Acks) -> lapin::Result<()> {
+    async fn acknowledge(&self, acks: &mut Acks) -> Result<(), SessionError> {
         let sent = acks.take().into_iter().map(|ack| {
             let options = BasicAckOptions { multiple: ack.multiple };
             self.channel.basic_ack(ack.tag, options)
         });
-        join_all(sent).await.into_iter().collect()
+        let sent = async { join_all(sent).await.into_iter().collect() };
+        self.life.bound(WRITE_TIMEOUT, sent).await
     }
 
     /// The channel is gone: what it had delivered comes again.
-    fn lost(error: &lapin::Error, settled: Vec<oneshot::Sender<Result<(), SettleError>>>) {
-        tracing::debug!(error = plain(error), "a channel was lost while acknowledging");
+    fn lost(error: &SessionError, settled: Vec<Done>) {
+        tracing::debug!(%error, "a channel was lost while acknowledging");
         for done in settled {
-            drop(done.send(Err(SettleError::Unknown(SessionError::lost(plain(error))))));
+            drop(done.send(Err(SettleError::Unknown(error.clone()))));
         }
     }
 }
 
-async fn publish(
-    publisher: Publisher,
-    tag: u64,
-    emit: Vec<Envelope>,
-    done: oneshot::Sender<Result<(), SettleError>>,
-) -> Published {
+async fn publish(publisher: Publisher, tag: u64, emit: Vec<Envelope>, done: Done) -> Published {
     let results = publisher.publish(&emit).await;
     let failed = emit.into_iter().zip(results);
     let failed =

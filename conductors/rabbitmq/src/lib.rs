@@ -50,7 +50,7 @@ use session::RabbitSession;
 use topology::Topology;
 
 /// A RabbitMQ broker to carry electrons.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RabbitMq {
     id: ConductorId,
     address: Address,
@@ -92,6 +92,13 @@ impl RabbitMq {
     pub fn payload_bytes_max(mut self, bytes: usize) -> Self {
         self.limits.payload_bytes_max = bytes;
         self
+    }
+}
+
+impl fmt::Debug for RabbitMq {
+    /// Writes the URL without user and password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RabbitMq({})", self.address)
     }
 }
 

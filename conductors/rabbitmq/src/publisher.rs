@@ -115,6 +115,8 @@ async fn publish_all(channel: Channel, mut wanted: mpsc::Receiver<Command>, life
                 None => break,
             },
             Some(count) = under_way.next() => unconfirmed -= count,
+            // What is under way may never be answered: dropping it says that it is unknown.
+            _ = life.ended() => return,
         }
     }
     while under_way.next().await.is_some() {}

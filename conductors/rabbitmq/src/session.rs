@@ -16,7 +16,7 @@ use atomizer::{
 };
 use futures::{StreamExt, future::join_all};
 use lapin::{
-    Connection, Event,
+    Channel, Connection, Event,
     options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeleteOptions},
     types::FieldTable,
 };
@@ -73,6 +73,23 @@ impl Life {
             ended.get_or_insert(error);
             first
         });
+    }
+
+    /// Awaits something of the broker, but neither longer than `limit` nor than the session lives: requests
+    /// that are under way when a connection breaks may never be answered, not even with an error.
+    pub(crate) async fn bound<T>(
+        &self,
+        limit: Duration,
+        request: impl Future<Output = lapin::Result<T>>,
+    ) -> Result<T, SessionError> {
+        tokio::select! {
+            biased;
+            answer = timeout(limit, request) => match answer {
+                Ok(answer) => answer.map_err(|error| SessionError::lost(plain(&error))),
+                Err(_) => Err(SessionError::lost(format!("no answer within {limit:?}"))),
+            },
+            error = self.ended() => Err(error),
+        }
     }
 
     pub(crate) async fn ended(&self) -> SessionError {
@@ -169,26 +186,12 @@ impl RabbitSession {
         self.declared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a request on a channel of its own: one that is refused costs the channel (AMQP 0-9-1, 2.2.4).
     async fn request<T>(
         &self,
         connection: &Connection,
-        request: impl AsyncFnOnce(&lapin::Channel) -> lapin::Result<T>,
+        request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>,
     ) -> Result<T, SessionError> {
-        let requested = async {
-            let channel = connection.create_channel().await?;
-            let result = request(&channel).await?;
-            channel.close(REPLY_SUCCESS, "done".into()).await?;
-            Ok(result)
-        };
-        match timeout(REQUEST_TIMEOUT, requested).await {
-            Ok(result) => result.map_err(|error: lapin::Error| SessionError::lost(plain(&error))),
-            Err(_) => {
-                let reason = format!("no answer within {REQUEST_TIMEOUT:?}");
-                self.life.end(reason.clone());
-                Err(SessionError::lost(reason))
-            }
-        }
+        self.life.bound(REQUEST_TIMEOUT, on_own_channel(connection, request)).await
     }
 
     /// Makes sure that the queue of an atom is there.
@@ -250,6 +253,17 @@ impl RabbitSession {
             Err(SettleError::Stale)
         }
     }
+}
+
+/// Runs a request on a channel of its own: one that is refused costs the channel (AMQP 0-9-1, 2.2.4).
+async fn on_own_channel<T>(
+    connection: &Connection,
+    request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>,
+) -> lapin::Result<T> {
+    let channel = connection.create_channel().await?;
+    let result = request(&channel).await?;
+    channel.close(REPLY_SUCCESS, "done".into()).await?;
+    Ok(result)
 }
 
 /// Ends the session with the connection, and the connection with a session that a fault has ended, so that
@@ -316,20 +330,14 @@ impl Session for RabbitSession {
                 channel.basic_consume(queue, tag, options, FieldTable::default()).await?;
             Ok((channel, consumer))
         };
-        let (channel, consumer) = match timeout(REQUEST_TIMEOUT, consuming).await {
-            Ok(result) => {
-                result.map_err(|error: lapin::Error| SessionError::lost(plain(&error)))?
-            }
-            Err(_) => {
-                return Err(SessionError::lost(format!("no answer within {REQUEST_TIMEOUT:?}")));
-            }
-        };
+        let (channel, consumer) = self.life.bound(REQUEST_TIMEOUT, consuming).await?;
         #[expect(clippy::disallowed_methods, reason = "bounded by the deliveries that are out")]
         let (command, commands) = mpsc::unbounded_channel();
         let number = self.lanes.add(command);
         let id = LaneId { epoch: self.epoch, number, lanes: Arc::clone(&self.lanes) };
-        let (publisher, settling) = (self.publisher.clone(), channel.clone());
-        let settler = Settler { id: id.clone(), channel: settling, publisher, commands };
+        let (publisher, settling, life) =
+            (self.publisher.clone(), channel.clone(), self.life.clone());
+        let settler = Settler { id: id.clone(), channel: settling, publisher, life, commands };
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(settler.run());
         Ok(Box::new(LaneSubscription { id, channel, consumer, atom, life: self.life.clone() }))
     }
@@ -361,14 +369,12 @@ impl Session for RabbitSession {
     async fn close(&self) {
         self.life.end_with(SessionError::Closed);
         // Nobody reads it any more: this node is closing for good.
-        let delete = async |channel: &lapin::Channel| {
+        let delete = async |channel: &Channel| {
             let inbox = self.topology.inbox_queue(&self.node);
             channel.queue_delete(inbox.as_str().into(), QueueDeleteOptions::default()).await
         };
-        if !matches!(
-            timeout(CLOSE_TIMEOUT, self.request(&self.publishing, delete)).await,
-            Ok(Ok(_))
-        ) {
+        let deleted = timeout(CLOSE_TIMEOUT, on_own_channel(&self.publishing, delete)).await;
+        if !matches!(deleted, Ok(Ok(_))) {
             tracing::debug!("the inbox was not deleted; it expires by itself");
         }
         for connection in [&self.consuming, &self.publishing] {
