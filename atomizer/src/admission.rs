@@ -12,6 +12,8 @@ use std::{
 
 use tokio::sync::oneshot;
 
+use crate::Options;
+
 /// The permits of one node.
 pub(crate) struct Admission {
     state: Mutex<State>,
@@ -47,7 +49,7 @@ struct LaneState {
 
 impl Admission {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        let state = State { free: limit.cast_signed(), lanes: Vec::new(), next_lane: 0 };
+        let state = State { free: capped(limit), lanes: Vec::new(), next_lane: 0 };
         Arc::new(Self { state: Mutex::new(state) })
     }
 
@@ -55,7 +57,7 @@ impl Admission {
     pub(crate) fn add_lane(&self, limit: usize) -> Lane {
         let mut state = self.lock();
         state.lanes.push(LaneState {
-            free: limit.cast_signed(),
+            free: capped(limit),
             resuming: VecDeque::new(),
             starting: VecDeque::new(),
         });
@@ -169,6 +171,11 @@ impl fmt::Debug for Admission {
     }
 }
 
+/// No node runs more at once; counts stay far from where they would wrap.
+fn capped(limit: usize) -> isize {
+    limit.min(Options::CONCURRENCY_MAX).cast_signed()
+}
+
 /// The right to run; given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
@@ -188,6 +195,9 @@ pub(crate) struct Slot {
     admission: Arc<Admission>,
     lane: Lane,
     permit: Mutex<Option<Permit>>,
+    /// Held by the branch of the atom that queues for the permit, so that no other queues behind it for one
+    /// that this slot holds.
+    resuming: tokio::sync::Mutex<()>,
 }
 
 impl Slot {
@@ -196,6 +206,7 @@ impl Slot {
             admission: Arc::clone(&permit.admission),
             lane: permit.lane,
             permit: Mutex::new(Some(permit)),
+            resuming: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -207,10 +218,13 @@ impl Slot {
         drop(self.swap(None));
         let resume = ForceOnDrop(self);
         let output = future.await;
-        if self.lock().is_none()
-            && let Ok(permit) = self.admission.acquire(self.lane, Priority::Resume).await
         {
-            drop(self.swap(Some(permit)));
+            let _only_one = self.resuming.lock().await;
+            if self.lock().is_none()
+                && let Ok(permit) = self.admission.acquire(self.lane, Priority::Resume).await
+            {
+                drop(self.swap(Some(permit)));
+            }
         }
         drop(resume);
         output
@@ -304,6 +318,23 @@ mod tests {
         slot.wait(async { drop(admission.try_acquire(lane).expect("it is free while waiting")) })
             .await;
         assert!(admission.try_acquire(lane).is_none(), "it was taken again");
+    }
+
+    #[tokio::test]
+    async fn an_atom_that_waits_in_two_branches_needs_one_permit() {
+        let admission = Admission::new(1);
+        let lane = admission.add_lane(1);
+        let slot = Slot::new(admission.try_acquire(lane).unwrap());
+        let both = async { tokio::join!(slot.wait(async {}), slot.wait(tokio::task::yield_now())) };
+        tokio::time::timeout(std::time::Duration::from_secs(10), both).await.expect("it goes on");
+        assert!(admission.try_acquire(lane).is_none());
+    }
+
+    #[test]
+    fn a_limit_without_end_is_a_limit() {
+        let admission = Admission::new(usize::MAX);
+        let lane = admission.add_lane(usize::MAX);
+        assert!(admission.try_acquire(lane).is_some());
     }
 
     #[tokio::test]

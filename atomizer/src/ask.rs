@@ -27,10 +27,15 @@ pub(crate) struct Pending {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    by_id: FxHashMap<ElectronId, Waiter>,
+    by_id: FxHashMap<ElectronId, (Token, Waiter)>,
+    next_token: u64,
     /// The node has stopped: nobody waits any more.
     closed: bool,
 }
+
+/// Tells an entry from a later one for the same electron, which must not be removed in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Token(u64);
 
 #[derive(Debug)]
 pub(crate) enum Waiter {
@@ -41,15 +46,21 @@ pub(crate) enum Waiter {
 
 impl Pending {
     /// Waits for an answer. On a node that has stopped the waiter is dropped at once.
-    pub(crate) fn insert(&self, id: ElectronId, waiter: Waiter) {
+    pub(crate) fn insert(&self, id: ElectronId, waiter: Waiter) -> Token {
         let mut waiting = self.lock();
+        let token = Token(waiting.next_token);
+        waiting.next_token += 1;
         if !waiting.closed {
-            drop(waiting.by_id.insert(id, waiter));
+            drop(waiting.by_id.insert(id, (token, waiter)));
         }
+        token
     }
 
-    pub(crate) fn remove(&self, id: ElectronId) {
-        drop(self.lock().by_id.remove(&id));
+    pub(crate) fn remove(&self, id: ElectronId, token: Token) {
+        let mut waiting = self.lock();
+        if waiting.by_id.get(&id).is_some_and(|(held, _)| *held == token) {
+            drop(waiting.by_id.remove(&id));
+        }
     }
 
     /// Lets go of all who wait: the node has stopped.
@@ -63,8 +74,8 @@ impl Pending {
     pub(crate) fn resolve(&self, answer: Arc<Properties>) -> bool {
         let waiter = self.lock().by_id.remove(&answer.electron);
         match waiter {
-            Some(Waiter::Call(tx)) => tx.send(answer).is_ok(),
-            Some(Waiter::Child(index, tx)) => tx.try_send((index, answer)).is_ok(),
+            Some((_, Waiter::Call(tx))) => tx.send(answer).is_ok(),
+            Some((_, Waiter::Child(index, tx))) => tx.try_send((index, answer)).is_ok(),
             None => false,
         }
     }
@@ -104,8 +115,8 @@ impl Asker {
     ) -> Result<Arc<Properties>, CallError> {
         let id = electron.id;
         let (tx, rx) = oneshot::channel();
-        self.node.pending.insert(id, Waiter::Call(tx));
-        let _forget = Forget { node: &self.node, id };
+        let token = self.node.pending.insert(id, Waiter::Call(tx));
+        let _forget = Forget { node: &self.node, id, token };
         let answered = async {
             let mut rx = rx;
             tokio::select! {
@@ -126,11 +137,12 @@ impl Asker {
 struct Forget<'a> {
     node: &'a Node,
     id: ElectronId,
+    token: Token,
 }
 
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
-        self.node.pending.remove(self.id);
+        self.node.pending.remove(self.id, self.token);
     }
 }
 

@@ -83,6 +83,9 @@ impl Options {
     /// The most instances of one atom that run at once on a node, unless the atom says otherwise.
     pub const CONCURRENCY_DEFAULT: usize = 256;
 
+    /// The most that any limit may be: a larger one is taken for this.
+    pub const CONCURRENCY_MAX: usize = 1_000_000;
+
     /// Limits how many run at once on a node.
     ///
     /// The default is [`Options::CONCURRENCY_DEFAULT`], and for [blocking](Self::blocking) atoms the
@@ -115,7 +118,7 @@ impl Options {
 
     pub(crate) fn concurrency_limit(&self) -> usize {
         match self.concurrency {
-            Some(limit) => limit.get(),
+            Some(limit) => limit.get().min(Self::CONCURRENCY_MAX),
             None if self.blocking => cores(),
             None => Self::CONCURRENCY_DEFAULT,
         }

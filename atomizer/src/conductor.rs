@@ -190,6 +190,18 @@ impl Ticket {
         self.epoch
     }
 
+    /// Returns which part of the session it is of, as the session numbers them.
+    #[must_use]
+    pub fn channel(&self) -> u32 {
+        self.channel
+    }
+
+    /// Returns which delivery of its channel it is, as the session numbers them.
+    #[must_use]
+    pub fn key(&self) -> u64 {
+        self.key
+    }
+
     /// Takes the ticket: dropping it no longer releases. Returns the channel and the key.
     #[must_use]
     pub fn take(mut self) -> (u32, u64) {
@@ -241,12 +253,28 @@ impl fmt::Debug for Epoch {
 #[non_exhaustive]
 pub enum Outcome {
     /// It is finished: make these safe, then remove it.
+    #[non_exhaustive]
     Done {
         /// What must be safe first.
         emit: Vec<Envelope>,
     },
     /// It goes back as it was, for anyone.
-    Release,
+    #[non_exhaustive]
+    Release {},
+}
+
+impl Outcome {
+    /// Finishes a delivery once these are safe.
+    #[must_use]
+    pub fn done(emit: Vec<Envelope>) -> Self {
+        Self::Done { emit }
+    }
+
+    /// Gives a delivery back.
+    #[must_use]
+    pub fn release() -> Self {
+        Self::Release {}
+    }
 }
 
 /// A message and where it goes.
@@ -339,6 +367,9 @@ pub enum SendError {
         /// How long it may be.
         bytes_max: usize,
     },
+    /// It is refused for good: this program may not send there.
+    #[error("refused: {0}")]
+    Refused(String),
     /// It was not taken this time; the same may be tried again.
     #[error("not taken: {0}")]
     NotTaken(String),

@@ -34,7 +34,8 @@ impl From<Properties> for Message {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Electron {
-    /// The same through every redelivery and attempt.
+    /// The same through every redelivery and attempt. A sender that gives none (no Atomizer) has a new one made
+    /// at each delivery.
     pub id: ElectronId,
     /// The code it is for.
     pub atom: AtomId,
@@ -86,11 +87,20 @@ impl Electron {
 
 /// Says whose child an electron is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Parent {
     /// The electron that spawned it.
     pub id: ElectronId,
     /// Which of the parent's children it is, counted from 0.
     pub index: u64,
+}
+
+impl Parent {
+    /// Says whose child it is, and which.
+    #[must_use]
+    pub fn new(id: ElectronId, index: u64) -> Self {
+        Self { id, index }
+    }
 }
 
 /// Headers kept for others: any JSON value by name.

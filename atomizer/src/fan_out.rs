@@ -8,7 +8,8 @@ use tokio::sync::mpsc;
 
 use crate::{
     Address, Atom, AtomId, CallError, Context, ElectronId, Envelope, Properties, SendError,
-    ask::Waiter, erased,
+    ask::{Token, Waiter},
+    erased,
 };
 
 /// A fan-out that has not begun: choose what to make of the outputs.
@@ -127,7 +128,7 @@ struct Children<'cx, A, I: Iterator> {
     window: usize,
     next_index: usize,
     /// Asked and not answered. Empty when nothing more can come, once the inputs have ended.
-    in_flight: FxHashMap<usize, ElectronId>,
+    in_flight: FxHashMap<usize, (ElectronId, Token)>,
     sending: Option<BoxFuture<'cx, Sent>>,
     answers: mpsc::Receiver<(usize, Arc<Properties>)>,
     /// Cloned into the entry of each child.
@@ -187,16 +188,20 @@ where
                 received = self.answers.recv_many(&mut answers, self.window) => {
                     debug_assert!(received > 0, "this side holds a sender");
                     for (index, answer) in answers.drain(..) {
-                        self.in_flight.remove(&index);
-                        self.arrived.push_back((index, Ok(answer)));
+                        // Not there when its send was given up meanwhile: a child counts once.
+                        if self.in_flight.remove(&index).is_some() {
+                            self.arrived.push_back((index, Ok(answer)));
+                        }
                     }
                 }
                 sent = sending(self.sending.as_mut()) => {
                     self.sending = None;
                     for (index, id, result) in sent {
                         // A child whose answer is here already was sent well, whatever else is known of it.
-                        if let Err(source) = result && self.in_flight.remove(&index).is_some() {
-                            self.cx.asker.node.pending.remove(id);
+                        if let Err(source) = result
+                            && let Some((_, token)) = self.in_flight.remove(&index)
+                        {
+                            self.cx.asker.node.pending.remove(id, token);
                             self.arrived.push_back((index, Err(CallError::NotSent { id, source })));
                         }
                     }
@@ -227,8 +232,8 @@ where
             };
             let child = self.cx.next_child(AtomId::of::<A>(), payload);
             let child = self.cx.asker.address(child);
-            pending.insert(child.id, Waiter::Child(index, self.answer_to.clone()));
-            self.in_flight.insert(index, child.id);
+            let token = pending.insert(child.id, Waiter::Child(index, self.answer_to.clone()));
+            self.in_flight.insert(index, (child.id, token));
             sent.push((index, child.id));
             envelopes.push(Envelope::new(Address::Atom(child.atom.clone()), child.into()));
         }
@@ -252,8 +257,8 @@ async fn sending(sending: Option<&mut BoxFuture<'_, Sent>>) -> Sent {
 
 impl<A, I: Iterator> Drop for Children<'_, A, I> {
     fn drop(&mut self) {
-        for id in self.in_flight.values() {
-            self.cx.asker.node.pending.remove(*id);
+        for (id, token) in self.in_flight.values() {
+            self.cx.asker.node.pending.remove(*id, *token);
         }
     }
 }

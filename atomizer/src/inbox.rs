@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use tokio::sync::oneshot;
 
 use crate::{
-    AtomId, Delivery, EventKind, Message, Outcome, Source,
+    AtomId, Delivery, EventKind, Message, Outcome, SettleError, Source,
     ask::Asker,
     intake::{Intake, Taken},
     settle::Settler,
@@ -33,18 +33,27 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
                 tracing::warn!(
                     "a message that is no answer goes from the inbox to the dead letters"
                 );
-                batch.push((ticket, Outcome::Done { emit }));
+                batch.push((ticket, Outcome::done(emit)));
                 continue;
             };
             let electron = answer.electron;
             if !node.pending.resolve(answer) {
                 node.events.emit(Some(link.id()), || EventKind::AnswerDropped { electron });
             }
-            batch.push((ticket, Outcome::Done { emit: Vec::new() }));
+            batch.push((ticket, Outcome::done(Vec::new())));
         }
         if let Some(session) = intake.session() {
-            // What is not settled comes again, and finds that nobody waits for it.
-            drop(session.settle(batch).await);
+            let settled = session.settle(batch).await;
+            let not_safe = settled.into_iter().filter_map(|result| match result {
+                Err(SettleError::NotSafe { ticket, failed }) => Some((ticket, failed)),
+                // Settled, or it comes again, and finds that nobody waits for it.
+                _ => None,
+            });
+            for (ticket, failed) in not_safe {
+                // No answer, and not to be set aside either. Given back it would come again at once.
+                tracing::error!(?failed, "dropped a message from the inbox that is no answer");
+                drop(session.settle(vec![(ticket, Outcome::done(Vec::new()))]).await);
+            }
         }
     }
 }

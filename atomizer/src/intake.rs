@@ -116,6 +116,13 @@ impl Intake {
 
     /// Takes no more.
     pub(crate) async fn stop(&mut self) {
+        if let State::Subscribing(_, subscribing) = &mut self.state {
+            // It may come into being all the same, and would hold what is meant for others.
+            if let Ok(mut subscription) = subscribing.await {
+                subscription.stop().await;
+            }
+            self.state = State::NoSession;
+        }
         if let State::Open(_, subscription) = &mut self.state {
             subscription.stop().await;
         }

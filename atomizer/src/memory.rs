@@ -55,7 +55,7 @@ impl Memory {
     pub fn cut(&self) {
         let sessions: Vec<_> = self.broker.lock().sessions.drain(..).collect();
         for session in sessions.iter().filter_map(Weak::upgrade) {
-            session.end(SessionError::lost("cut"));
+            session.end(&SessionError::lost("cut"));
         }
     }
 
@@ -282,15 +282,16 @@ impl Lane {
 }
 
 impl MemorySession {
-    fn end(&self, error: SessionError) {
-        for lane in self.lanes.lock().iter() {
-            lane.end(&error);
-        }
+    fn end(&self, error: &SessionError) {
+        // First this, then the lanes: who subscribes in between finds one or the other.
         self.ended.send_if_modified(|ended| {
             let first = ended.is_none();
-            ended.get_or_insert(error);
+            ended.get_or_insert(error.clone());
             first
         });
+        for lane in self.lanes.lock().iter() {
+            lane.end(error);
+        }
     }
 
     fn check_open(&self) -> Result<(), SessionError> {
@@ -311,7 +312,7 @@ impl MemorySession {
                 dropped.push(ticket);
                 return Err(SettleError::Stale);
             }
-            let Outcome::Done { emit } = outcome else {
+            let Outcome::Done { emit, .. } = outcome else {
                 dropped.push(ticket);
                 return Ok(());
             };
@@ -432,14 +433,14 @@ impl Session for MemorySession {
     }
 
     async fn close(&self) {
-        self.end(SessionError::Closed);
+        self.end(&SessionError::Closed);
         self.broker.lock().queues.remove(&QueueName::Inbox(self.reply_to.clone()));
     }
 }
 
 impl Drop for MemorySession {
     fn drop(&mut self) {
-        self.end(SessionError::Closed);
+        self.end(&SessionError::Closed);
     }
 }
 

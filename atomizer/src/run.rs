@@ -5,7 +5,7 @@ use std::{any::Any, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures::FutureExt;
 use tokio::{
     runtime::Handle,
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     task::{self, AbortHandle},
     time::timeout,
 };
@@ -17,11 +17,19 @@ pub(crate) type RunResult = Result<Payload, Failure>;
 
 /// A run under way. Dropping it aborts the run at its next `await`.
 #[derive(Debug)]
-pub(crate) struct Run(AbortHandle);
+pub(crate) enum Run {
+    Async(AbortHandle),
+    /// A task on a thread of its own cannot be aborted from outside: it watches for the other end.
+    Blocking {
+        _alive: oneshot::Sender<()>,
+    },
+}
 
 impl Drop for Run {
     fn drop(&mut self) {
-        self.0.abort();
+        if let Self::Async(task) = self {
+            task.abort();
+        }
     }
 }
 
@@ -51,13 +59,21 @@ impl<A: RawAtom> Start for A {
             // An error says that the worker is gone, and with it the ticket.
             drop(report.to.send((report.key, result)));
         };
-        let task = if options.is_blocking() {
+        if options.is_blocking() {
             let runtime = Handle::current();
-            task::spawn_blocking(move || runtime.block_on(running))
+            let (alive, dropped) = oneshot::channel();
+            task::spawn_blocking(move || {
+                runtime.block_on(async {
+                    tokio::select! {
+                        () = running => {}
+                        _ = dropped => {}
+                    }
+                });
+            });
+            Run::Blocking { _alive: alive }
         } else {
-            task::spawn(running)
-        };
-        Run(task.abort_handle())
+            Run::Async(task::spawn(running).abort_handle())
+        }
     }
 }
 

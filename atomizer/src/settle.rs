@@ -13,8 +13,9 @@ use crate::{
     Payload, Properties, SendError, SettleError, Ticket, clock, link::SharedSession,
 };
 
-/// How long to wait before what was not taken is tried again.
+/// How long to wait before what was not taken is tried again, for the first time; it doubles each time.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(100);
+const TRY_AGAIN_AFTER_MAX: Duration = Duration::from_secs(1);
 
 /// The end of one delivery, on its way to be settled.
 #[derive(Debug)]
@@ -23,6 +24,8 @@ pub(crate) struct Ending {
     unclaimed: bool,
     /// Why it did not end here after all.
     not_settled: Option<String>,
+    /// How often it was tried in vain.
+    tries: u32,
 }
 
 #[derive(Debug)]
@@ -53,7 +56,22 @@ pub(crate) enum Verdict {
 
 impl Ending {
     fn new(subject: Subject) -> Self {
-        Self { subject, unclaimed: false, not_settled: None }
+        Self { subject, unclaimed: false, not_settled: None, tries: 0 }
+    }
+
+    /// True when it is about an answer that was too large already.
+    fn is_too_large(&self) -> bool {
+        matches!(
+            &self.subject,
+            Subject::Electron {
+                failure: Some(Failure { kind: FailureKind::AnswerTooLarge, .. }),
+                ..
+            }
+        )
+    }
+
+    fn next_pause(&self) -> Duration {
+        TRY_AGAIN_AFTER.saturating_mul(1 << self.tries.min(10)).min(TRY_AGAIN_AFTER_MAX)
     }
 
     /// Logs what did not go well; the rest is an event only.
@@ -159,9 +177,15 @@ impl Settler {
         let mut emit = Vec::new();
         for (envelope, error) in failed {
             match (&envelope.to, error) {
-                // The asker is gone for good. An output nobody can receive is finished with; a failure
+                (Address::Reply(_), error @ SendError::TooLarge { .. })
+                    if !ending.is_too_large() =>
+                {
+                    let failure = Failure::new(FailureKind::AnswerTooLarge, error.to_string());
+                    return self.instead(ticket, ending, failure);
+                }
+                // The asker is gone for good, or can be told nothing at all. An output nobody can receive is finished with; a failure
                 // nobody is told of must not be silent.
-                (Address::Reply(_), SendError::Unroutable(_)) => {
+                (Address::Reply(_), SendError::Unroutable(_) | SendError::TooLarge { .. }) => {
                     ending.unclaimed = true;
                     if let Subject::Electron { electron, failure: Some(failure), .. } =
                         &ending.subject
@@ -169,18 +193,15 @@ impl Settler {
                         emit.push(self.dead(electron, failure.clone()));
                     }
                 }
-                (Address::Reply(_), error @ SendError::TooLarge { .. }) => {
-                    let failure = Failure::new(FailureKind::AnswerTooLarge, error.to_string());
-                    return self.instead(ticket, ending, failure);
-                }
                 // Where dead letters or a copy cannot be put now, they can be later: it is never dropped.
                 (_, error) => {
                     tracing::warn!(to = %envelope.to, %error, "failed to make a message safe; trying again");
-                    after = TRY_AGAIN_AFTER;
+                    after = ending.next_pause();
                     emit.push(envelope);
                 }
             }
         }
+        ending.tries += 1;
         let settlement = (ticket, emit, ending);
         Verdict::Again { settlement, after }
     }
@@ -214,7 +235,7 @@ pub(crate) fn settle(
         let mut outcomes = Vec::with_capacity(batch.len());
         for (ticket, emit, ending) in batch {
             endings.push(ending);
-            outcomes.push((ticket, Outcome::Done { emit }));
+            outcomes.push((ticket, Outcome::done(emit)));
         }
         let Some(session) = session else {
             return endings.into_iter().map(|ending| (ending, Err(SettleError::Stale))).collect();

@@ -62,6 +62,7 @@ const STATUS_FAILED: &str = "failed";
 
 /// A message in parts that any carrier of headers and bytes can move.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Wire {
     /// [`ELECTRON`] or [`ANSWER`]; absent means an electron.
     pub kind: Option<String>,

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use crate::{
-    AtomId, Context, Delivery, Electron, EventKind, Message, Options, Source, Ticket,
+    AtomId, Context, Delivery, Electron, ElectronId, EventKind, Message, Options, Source, Ticket,
     admission::{Lane, Permit, Priority, Slot},
     ask::Asker,
     clock,
@@ -57,6 +57,8 @@ pub(crate) struct Worker {
     /// A place in the queue for a permit, while something is ready and there was none.
     queued: Option<oneshot::Receiver<Permit>>,
     in_flight: FxHashMap<u64, InFlight>,
+    /// The key of each run in flight.
+    running: FxHashMap<ElectronId, u64>,
     next_key: u64,
     finished: mpsc::UnboundedReceiver<(u64, RunResult)>,
     finish: mpsc::UnboundedSender<(u64, RunResult)>,
@@ -66,10 +68,20 @@ pub(crate) struct Worker {
 }
 
 struct InFlight {
-    electron: Arc<Electron>,
-    ticket: Ticket,
+    /// The delivery that began it, and those that came while it ran: after a lost session, or because the
+    /// electron was sent twice. Each is answered as it asks.
+    deliveries: Vec<(Arc<Electron>, Ticket)>,
     began: Began,
     _run: Run,
+}
+
+impl InFlight {
+    /// Takes a further delivery of the same electron: one run answers for all.
+    fn adopt(&mut self, electron: Arc<Electron>, ticket: Ticket) {
+        // What an earlier session delivered went back when it ended.
+        self.deliveries.retain(|(_, held)| held.epoch() == ticket.epoch());
+        self.deliveries.push((electron, ticket));
+    }
 }
 
 /// A moment on both clocks: one to tell people, one to measure with.
@@ -113,6 +125,7 @@ impl Worker {
             ready: VecDeque::new(),
             queued: None,
             in_flight: FxHashMap::default(),
+            running: FxHashMap::default(),
             next_key: 0,
             finished,
             finish,
@@ -173,10 +186,12 @@ impl Worker {
             };
             let id = electron.id;
             self.emit(|atom| EventKind::Received { electron: id, atom, redeliveries });
-            if electron.atom == self.atom.id {
-                self.ready.push_back((electron, ticket));
-            } else {
+            if electron.atom != self.atom.id {
                 unfit.push(self.settler.misdirected(ticket, electron));
+            } else if let Some(running) = self.run_of(id) {
+                running.adopt(electron, ticket);
+            } else {
+                self.ready.push_back((electron, ticket));
             }
         }
         self.settle(unfit);
@@ -210,6 +225,9 @@ impl Worker {
 
     fn start(&mut self, electron: Arc<Electron>, ticket: Ticket, permit: Permit, began: Began) {
         let (id, attempt) = (electron.id, electron.attempts + 1);
+        if let Some(running) = self.run_of(id) {
+            return running.adopt(electron, ticket);
+        }
         self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
         let slot = Slot::new(permit);
         let context = Context::new(self.asker.clone(), Arc::clone(&electron), slot);
@@ -217,7 +235,13 @@ impl Worker {
         self.next_key += 1;
         let report = Report { key, to: self.finish.clone() };
         let run = Arc::clone(&self.atom.atom).start(context, &self.atom.options, report);
-        self.in_flight.insert(key, InFlight { electron, ticket, began, _run: run });
+        self.running.insert(id, key);
+        self.in_flight
+            .insert(key, InFlight { deliveries: vec![(electron, ticket)], began, _run: run });
+    }
+
+    fn run_of(&mut self, electron: ElectronId) -> Option<&mut InFlight> {
+        self.running.get(&electron).and_then(|key| self.in_flight.get_mut(key))
     }
 
     /// Settles all that has finished by now in one batch.
@@ -226,9 +250,13 @@ impl Worker {
         let now = Instant::now();
         for (key, result) in self.results.drain(..) {
             let ran = self.in_flight.remove(&key).expect("each run reports once");
-            let InFlight { electron, ticket, began, .. } = ran;
+            let InFlight { deliveries, began, .. } = ran;
             let took = now.saturating_duration_since(began.instant);
-            batch.push(self.settler.electron(ticket, electron, began.at, took, result));
+            for (electron, ticket) in deliveries {
+                self.running.remove(&electron.id);
+                let result = result.clone();
+                batch.push(self.settler.electron(ticket, electron, began.at, took, result));
+            }
         }
         self.settle(batch);
         self.start_ready();

@@ -88,8 +88,12 @@ async fn a_lost_session_loses_no_call() {
     assert_eq!(answers, (0..2000).collect::<Vec<_>>());
 }
 
+fn received_again(kind: &EventKind) -> bool {
+    matches!(kind, EventKind::Received { redeliveries, .. } if *redeliveries > 0)
+}
+
 #[tokio::test]
-async fn an_electron_that_outlives_its_session_is_answered_once() {
+async fn an_electron_that_comes_again_while_it_runs_is_adopted() {
     let memory = Memory::new();
     let gated = Gated::new(Options::default());
     let builder = Atomizer::builder().conductor(memory.clone()).atom(gated.clone());
@@ -98,14 +102,52 @@ async fn an_electron_that_outlives_its_session_is_answered_once() {
     let call = tokio::task::spawn(atomizer.call::<Gated>(5).into_future());
     until(&mut events, started).await;
     memory.cut();
-    // It runs on, and comes again through the next session.
-    until(&mut events, started).await;
-    gated.open(2);
-    assert_eq!(call.await.unwrap().unwrap(), 5);
-    until(&mut events, |kind| matches!(kind, EventKind::NotSettled { .. })).await;
-    let next = atomizer.call::<Gated>(6).into_future();
+    until(&mut events, received_again).await;
     gated.open(1);
-    assert_eq!(next.await.unwrap(), 6);
+    assert_eq!(call.await.unwrap().unwrap(), 5);
+    assert_eq!(
+        gated.running_most.load(Ordering::SeqCst),
+        1,
+        "one run answered for both deliveries"
+    );
+    until(&mut events, |kind| matches!(kind, EventKind::Completed { .. })).await;
+    atomizer.drain().await.unwrap();
+    assert_eq!(memory.take_dead_letters().len(), 0);
+}
+
+#[tokio::test]
+async fn a_parent_that_waits_outlives_its_session() {
+    struct Parent;
+    impl Atom for Parent {
+        const ID: &'static str = "parent";
+        const KIND: Kind = Kind::Spawner;
+        type Input = ();
+        type Output = (u64, u64);
+        async fn process(&self, cx: &Context, (): ()) -> Result<(u64, u64)> {
+            let called = cx.call::<Gated>(1).into_future();
+            let folded = cx.fan_out::<Gated>(2..12).fold(0, |sum, n| sum + n);
+            let (called, folded) = tokio::join!(called, folded);
+            Ok((called?, folded?))
+        }
+    }
+    let memory = Memory::new();
+    let gated = Gated::new(Options::default());
+    let builder = Atomizer::builder().conductor(memory.clone()).atom(Parent).atom(gated.clone());
+    let atomizer = builder.start().await.unwrap();
+    let mut events = atomizer.events();
+    let call = tokio::task::spawn(atomizer.call::<Parent>(()).into_future());
+    for _ in 0..12 {
+        until(&mut events, started).await;
+    }
+    for _ in 0..3 {
+        memory.cut();
+        for _ in 0..12 {
+            until(&mut events, received_again).await;
+        }
+    }
+    gated.open(11);
+    assert_eq!(call.await.unwrap().unwrap(), (1, 65));
+    atomizer.drain().await.unwrap();
 }
 
 #[tokio::test]

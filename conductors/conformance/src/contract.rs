@@ -21,7 +21,7 @@ pub async fn what_is_sent_arrives_as_it_was(world: &impl World) {
     sent.correlation_id = Some("mine".into());
     sent.reply_to = Some(ReplyTo::new("somewhere"));
     sent.sender = Some(node.id.clone());
-    sent.parent = Some(Parent { id: sent.id, index: u64::MAX });
+    sent.parent = Some(Parent::new(sent.id, u64::MAX));
     sent.attempts = 3;
     sent.time_limit = Some(std::time::Duration::from_millis(1500));
     sent.history = vec![Failure::new(FailureKind::Panic, "ouch \"ü\"")];
@@ -80,7 +80,7 @@ pub async fn a_release_leaves_the_electron_as_it_was(world: &impl World) {
     let mut taker = node.take(1).await;
     node.send_text("again").await;
     let (before, delivery) = taker.electron().await;
-    node.settle_with(delivery.ticket, Outcome::Release).await.expect("it is released");
+    node.settle_with(delivery.ticket, Outcome::release()).await.expect("it is released");
     let (after, _) = taker.electron().await;
     assert_eq!(after, before);
 }
@@ -279,7 +279,7 @@ pub async fn a_session_can_be_closed_during_everything(world: &impl World) {
             taker.0.next(std::num::NonZeroUsize::MIN),
             inbox.0.next(std::num::NonZeroUsize::MIN),
             session.send(&envelopes),
-            session.settle(vec![(held.ticket, Outcome::Done { emit: Vec::new() })]),
+            session.settle(vec![(held.ticket, Outcome::done(Vec::new()))]),
             session.ended(),
             session.close(),
         )
@@ -362,7 +362,7 @@ pub async fn a_dropped_settlement_is_carried_out(world: &impl World) {
     let mut taker = node.take(1).await;
     let (question, delivery) = taker.electron().await;
     let emit = vec![answer(&question, &node.id, &node.session.reply_to())];
-    let mut settling = node.session.settle(vec![(delivery.ticket, Outcome::Done { emit })]);
+    let mut settling = node.session.settle(vec![(delivery.ticket, Outcome::done(emit))]);
     let polled_once =
         std::future::poll_fn(|cx| std::task::Poll::Ready(settling.as_mut().poll(cx).is_ready()));
     polled_once.await;
@@ -384,7 +384,7 @@ pub async fn results_stand_in_the_order_of_the_batch(world: &impl World) {
         let (question, delivery) = taker.electron().await;
         let gone = answer(&question, &node.id, &ReplyTo::new("nobody.is.here"));
         let emit = if number == 1 { vec![gone] } else { Vec::new() };
-        batch.push((delivery.ticket, Outcome::Done { emit }));
+        batch.push((delivery.ticket, Outcome::done(emit)));
     }
     let results = soon("settling", node.session.settle(batch)).await;
     let ok: Vec<_> = results.iter().map(Result::is_ok).collect();
@@ -420,7 +420,7 @@ pub async fn many_electrons_come_once_each(world: &impl World) {
         let mut batch = Vec::new();
         for delivery in taker.up_to(64).await {
             assert!(expected.remove(&electron_of(&delivery).id), "it came twice");
-            batch.push((delivery.ticket, Outcome::Done { emit: Vec::new() }));
+            batch.push((delivery.ticket, Outcome::done(Vec::new())));
         }
         for settled in soon("settling", node.session.settle(batch)).await {
             settled.expect("it is settled");

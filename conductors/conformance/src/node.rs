@@ -86,7 +86,7 @@ impl Node {
         ticket: Ticket,
         emit: Vec<Envelope>,
     ) -> Result<(), SettleError> {
-        self.settle_with(ticket, Outcome::Done { emit }).await
+        self.settle_with(ticket, Outcome::done(emit)).await
     }
 
     pub(crate) async fn settle_with(

@@ -241,7 +241,7 @@ impl RabbitSession {
             return Err(SettleError::Stale);
         }
         let (done, settled) = oneshot::channel();
-        let Outcome::Done { emit } = outcome else {
+        let Outcome::Done { emit, .. } = outcome else {
             drop(ticket);
             drop(done.send(Ok(())));
             return Ok(settled);
