@@ -48,10 +48,10 @@ pub enum EventKind {
         /// Why.
         error: String,
     },
-    /// The node takes electrons of an atom.
+    /// The node receives the electrons of an atom, or its answers.
     Subscribed {
-        /// The atom.
-        atom: AtomId,
+        /// The atom; none for the inbox.
+        atom: Option<AtomId>,
     },
     /// A subscription ended by a fault, or could not be made; it is tried again.
     SubscriptionLost {
@@ -149,7 +149,8 @@ impl fmt::Display for EventKind {
                 write!(f, "failed to open a session: {error}; next try in {retry_in:.1?}")
             }
             Self::SessionLost { error } => write!(f, "session lost: {error}"),
-            Self::Subscribed { atom } => write!(f, "takes {atom}"),
+            Self::Subscribed { atom: Some(atom) } => write!(f, "takes {atom}"),
+            Self::Subscribed { atom: None } => f.write_str("takes answers"),
             Self::SubscriptionLost { atom: Some(atom), error } => {
                 write!(f, "subscription to {atom} lost: {error}")
             }

@@ -131,10 +131,9 @@ impl Intake {
     fn subscribed(&mut self) {
         self.pauses = Box::new(backoff());
         drop(self.tried.take());
-        if let Some(atom) = self.atom() {
-            tracing::info!(conductor = %self.link.id(), %atom, "takes electrons");
-            self.node.events.emit(Some(self.link.id()), || EventKind::Subscribed { atom });
-        }
+        let atom = self.atom();
+        tracing::debug!(conductor = %self.link.id(), source = ?self.source, "subscribed");
+        self.node.events.emit(Some(self.link.id()), || EventKind::Subscribed { atom });
     }
 
     fn lost(&mut self, error: &SessionError) {

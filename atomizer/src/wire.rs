@@ -29,6 +29,8 @@ pub const ANSWER: &str = "answer";
 
 /// Header names. All values are text.
 pub mod header {
+    /// What all names of ours begin with.
+    pub const PREFIX: &str = "atomizer-";
     /// The version of the format; absent means 1.
     pub const VERSION: &str = "atomizer-version";
     /// The atom an electron is for, or that answers.

@@ -1,6 +1,6 @@
 //! Which deliveries of one channel to acknowledge, and how: in groups where that is right.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The delivery tags of one channel: they count up from 1 (AMQP 0-9-1, `basic.deliver`).
 ///
@@ -8,10 +8,9 @@ use std::collections::BTreeSet;
 /// delivery that is still out. Above such a hole each is acknowledged by itself.
 #[derive(Debug, Default)]
 pub(crate) struct Acks {
-    /// All tags up to here are off our hands.
-    floor: u64,
-    /// Tags above the floor that are off our hands, or are about to be.
-    gone: BTreeSet<u64>,
+    /// What is off our hands, or about to be: the last tag of each unbroken run by its first. Between two runs
+    /// something is out, so the window bounds how many there are.
+    gone: BTreeMap<u64, u64>,
     /// Those of them that the broker has not been told of.
     untold: BTreeSet<u64>,
 }
@@ -26,21 +25,23 @@ pub(crate) struct Ack {
 impl Acks {
     /// Notes that a delivery is to be acknowledged.
     pub(crate) fn acknowledge(&mut self, tag: u64) {
-        self.gone.insert(tag);
+        self.returned(tag);
         self.untold.insert(tag);
     }
 
     /// Notes that a delivery went back to the broker by other means.
     pub(crate) fn returned(&mut self, tag: u64) {
-        self.gone.insert(tag);
+        let last = self.gone.remove(&(tag + 1)).unwrap_or(tag);
+        match self.gone.range_mut(..tag).next_back() {
+            Some((_, before)) if *before + 1 == tag => *before = last,
+            _ => drop(self.gone.insert(tag, last)),
+        }
     }
 
     /// Takes what is to be sent now, in order.
     pub(crate) fn take(&mut self) -> Vec<Ack> {
-        while self.gone.remove(&(self.floor + 1)) {
-            self.floor += 1;
-        }
-        let above = self.untold.split_off(&(self.floor + 1));
+        let floor = self.gone.get(&1).copied().unwrap_or(0);
+        let above = self.untold.split_off(&(floor + 1));
         let below = std::mem::take(&mut self.untold);
         // The last that the broker still counts as out: a group must end at one it knows.
         let group = below.last().map(|&tag| Ack { tag, multiple: below.len() > 1 });
@@ -90,5 +91,17 @@ mod tests {
             [ack(3, false)],
             "4 was acknowledged before, and is not named again"
         );
+    }
+
+    #[test]
+    fn one_delivery_that_stays_out_costs_no_memory() {
+        let mut acks = Acks::default();
+        for tag in 2..10_000 {
+            acks.acknowledge(tag);
+            assert_eq!(acks.take(), [ack(tag, false)]);
+        }
+        assert_eq!(acks.gone.len(), 1);
+        acks.acknowledge(1);
+        assert_eq!(acks.take(), [ack(1, false)]);
     }
 }

@@ -3,8 +3,9 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use atomizer::{NodeId, OpenError};
+use futures::stream::{BoxStream, StreamExt};
 use lapin::{
-    Connection, ConnectionProperties, Error, ErrorKind,
+    Connection, ConnectionProperties, Error, ErrorKind, Event,
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
     uri::AMQPUri,
 };
@@ -14,6 +15,12 @@ use tokio::time::timeout;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// In seconds; the broker gives up a silent client after twice this.
 const HEARTBEAT_DEFAULT_S: u16 = 10;
+
+/// A connection, and what happens to it: events that nobody listens for are lost.
+pub(crate) struct Connected {
+    pub(crate) connection: Connection,
+    pub(crate) events: BoxStream<'static, Event>,
+}
 
 /// A broker's URL, with its secrets out of sight.
 #[derive(Clone)]
@@ -36,12 +43,15 @@ impl Address {
     }
 
     /// Makes one connection.
-    pub(crate) async fn connect(&self, node: &NodeId, role: &str) -> Result<Connection, OpenError> {
+    pub(crate) async fn connect(&self, node: &NodeId, role: &str) -> Result<Connected, OpenError> {
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{node} {role}").into());
         let connecting = Connection::connect_uri(self.0.clone(), properties);
         match timeout(CONNECT_TIMEOUT, connecting).await {
-            Ok(Ok(connection)) => Ok(connection),
+            Ok(Ok(connection)) => {
+                let events = connection.events_listener().boxed();
+                Ok(Connected { connection, events })
+            }
             Ok(Err(error)) => Err(self.classify(&error)),
             Err(_) => {
                 Err(OpenError::Unreachable(format!("{self}: no answer within {CONNECT_TIMEOUT:?}")))
@@ -104,14 +114,18 @@ pub struct UrlError {
     reason: String,
 }
 
-/// The URL with everything before the last `@` that may be a secret replaced.
+/// The URL with all that may be a secret replaced: what stands before the last `@`, and everything when there
+/// is none and it may have been forgotten.
 fn redacted(url: &str) -> String {
-    let Some((before, after)) = url.rsplit_once('@') else {
-        return url.to_owned();
+    let (scheme, rest) = match url.split_once("://") {
+        Some((scheme, rest)) => (format!("{scheme}://"), rest),
+        None => (String::new(), url),
     };
-    let scheme = before.split_once("://").map_or("", |(scheme, _)| scheme);
-    let separator = if scheme.is_empty() { "" } else { "://" };
-    format!("{scheme}{separator}***@{after}")
+    match rest.rsplit_once('@') {
+        Some((_, after)) => format!("{scheme}***@{after}"),
+        None if rest.contains(':') => format!("{scheme}***"),
+        None => url.to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -138,6 +152,8 @@ mod tests {
             "amqp://alice:s3cret@broker:port",
             "amqp://alice:s3cret@broker/?heartbeat=soon",
             "amqps://alice:s3cret@broker",
+            "amqp://alice:s3cret",
+            "alice:s3cret",
         ] {
             let error = Address::parse(url).expect_err(url).to_string();
             assert!(!error.contains("s3cret"), "{error}");

@@ -12,7 +12,7 @@ use serde_json::{Number, Value};
 /// `delivery_mode` of messages that the broker writes to disk (AMQP 0-9-1, basic class).
 const PERSISTENT: u8 = 2;
 
-/// Headers that belong to the broker. They are never published again: a copied `x-death` can make the
+/// Headers that belong to the broker, and beginnings of such (those with a `-` at the end). They are never published again: a copied `x-death` can make the
 /// broker drop a message as a cycle.
 const BROKER_HEADERS: [&str; 7] = [
     "x-death",
@@ -72,20 +72,25 @@ pub(crate) fn wire(properties: &BasicProperties, redelivered: bool, data: Vec<u8
             let count = to_json(value).as_u64().and_then(|count| u32::try_from(count).ok());
             redeliveries = redeliveries.max(count.unwrap_or_default());
         }
-        if !BROKER_HEADERS.iter().any(|owned| name.as_str().starts_with(owned)) {
+        if !is_the_brokers(name.as_str()) {
             headers.insert(name.to_string(), to_json(value));
         }
     }
-    let wire = Wire {
-        kind: text(properties.kind()),
-        id: text(properties.message_id()),
-        correlation_id: text(properties.correlation_id()),
-        reply_to: text(properties.reply_to()),
-        content_type: text(properties.content_type()),
-        headers,
-        body: data.into(),
-    };
+    let mut wire = Wire::default();
+    wire.kind = text(properties.kind());
+    wire.id = text(properties.message_id());
+    wire.correlation_id = text(properties.correlation_id());
+    wire.reply_to = text(properties.reply_to());
+    wire.content_type = text(properties.content_type());
+    wire.headers = headers;
+    wire.body = data.into();
     (wire, redeliveries)
+}
+
+fn is_the_brokers(name: &str) -> bool {
+    BROKER_HEADERS
+        .iter()
+        .any(|owned| if owned.ends_with('-') { name.starts_with(owned) } else { name == *owned })
 }
 
 fn to_amqp(value: Value) -> Result<AMQPValue, SendError> {
@@ -162,7 +167,8 @@ mod tests {
             "list": [1, "two"], "table": { "deep": { "er": 1 } },
         });
         let headers: BTreeMap<_, _> = headers.as_object().unwrap().clone().into_iter().collect();
-        let before = Wire { headers: headers.clone(), ..Wire::default() };
+        let mut before = Wire::default();
+        before.headers.clone_from(&headers);
         let (after, redeliveries) = wire(&properties(before).unwrap(), false, Vec::new());
         assert_eq!(after.headers, headers);
         assert_eq!(redeliveries, 0);
@@ -170,7 +176,8 @@ mod tests {
 
     #[test]
     fn what_amqp_cannot_say_is_an_error() {
-        let wire = Wire { correlation_id: Some("x".repeat(256)), ..Wire::default() };
+        let mut wire = Wire::default();
+        wire.correlation_id = Some("x".repeat(256));
         let error = properties(wire).unwrap_err();
         assert_eq!(error, SendError::TooLarge { bytes: 256, bytes_max: 255 });
     }
@@ -181,11 +188,11 @@ mod tests {
             (ShortString::from("x-delivery-count"), AMQPValue::LongInt(3)),
             (ShortString::from("x-death"), AMQPValue::FieldArray(Vec::new().into())),
             (ShortString::from("x-first-death-queue"), AMQPValue::LongString("q".into())),
-            (ShortString::from("x-mine"), AMQPValue::LongString("kept".into())),
+            (ShortString::from("x-death-row"), AMQPValue::LongString("kept".into())),
         ]);
         let properties = BasicProperties::default().with_headers(headers.into());
         let (wire, redeliveries) = wire(&properties, true, Vec::new());
         assert_eq!(redeliveries, 3);
-        assert_eq!(wire.headers.keys().collect::<Vec<_>>(), ["x-mine"]);
+        assert_eq!(wire.headers.keys().collect::<Vec<_>>(), ["x-death-row"]);
     }
 }

@@ -4,8 +4,8 @@ use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use atomizer::{
-    AtomId, Delivery, Envelope, Epoch, Message, Release, SessionError, SettleError, Subscription,
-    Ticket,
+    AtomId, Delivery, Envelope, Epoch, Message, Release, SendError, SessionError, SettleError,
+    Subscription, Ticket,
 };
 use futures::{
     FutureExt, StreamExt, future::BoxFuture, future::join_all, stream::FuturesUnordered,
@@ -66,10 +66,12 @@ pub(crate) struct Settler {
     pub(crate) channel: Channel,
     pub(crate) publisher: Publisher,
     pub(crate) life: Life,
+    /// Dropped when it ends, which ends the subscription.
+    pub(crate) _alive: oneshot::Sender<()>,
     pub(crate) commands: mpsc::UnboundedReceiver<Command>,
 }
 
-type Published = (u64, Vec<(Envelope, atomizer::SendError)>, Done);
+type Published = (u64, Vec<(Envelope, SendError)>, Done);
 
 impl Settler {
     pub(crate) async fn run(mut self) {
@@ -121,6 +123,10 @@ impl Settler {
         if failed.is_empty() {
             acks.acknowledge(tag);
             settled.push(done);
+        } else if failed.iter().any(|(_, error)| matches!(error, SendError::Unknown(_))) {
+            // The session is ending, and the delivery comes again: there is nothing more to decide.
+            let unknown = SessionError::lost("an answer is not known to have arrived");
+            drop(done.send(Err(SettleError::Unknown(unknown))));
         } else {
             let not_safe = SettleError::NotSafe { ticket: self.id.ticket(tag), failed };
             // When nobody waits for it, the ticket in it is dropped, and so releases the delivery.
@@ -166,9 +172,28 @@ pub(crate) struct LaneSubscription {
     /// Whose queue it is; none for the inbox.
     pub(crate) atom: Option<AtomId>,
     pub(crate) life: Life,
+    /// Resolves when the settler has ended.
+    pub(crate) settler_gone: oneshot::Receiver<()>,
+    /// Why there will be no more, when that is known already.
+    pub(crate) ended: Option<SessionError>,
+}
+
+/// What the end of a consumer means.
+fn why(ended: Option<lapin::Result<lapin::message::Delivery>>) -> SessionError {
+    match ended {
+        Some(Err(error)) => SessionError::lost(plain(&error)),
+        Some(Ok(_)) | None => SessionError::lost("the broker ended the subscription"),
+    }
 }
 
 impl LaneSubscription {
+    /// Ends the lane: its tickets are stale from now on, and its settler ends.
+    fn lost(&mut self, error: SessionError) -> SessionError {
+        self.id.lanes.remove(self.id.number);
+        self.ended = Some(error.clone());
+        error
+    }
+
     fn delivery(&self, delivery: lapin::message::Delivery) -> Delivery {
         let ticket = self.id.ticket(delivery.delivery_tag);
         let (wire, redeliveries) =
@@ -180,22 +205,31 @@ impl LaneSubscription {
 #[async_trait]
 impl Subscription for LaneSubscription {
     async fn next(&mut self, max: NonZeroUsize) -> Result<Vec<Delivery>, SessionError> {
+        if let Some(error) = self.ended.take() {
+            return Err(self.lost(error));
+        }
         // One of the two connections may be well when the session has ended.
         let first = tokio::select! {
             first = self.consumer.next() => match first {
-                Some(Ok(delivery)) => Ok(self.delivery(delivery)),
-                Some(Err(error)) => Err(SessionError::lost(plain(&error))),
-                None => Err(SessionError::lost("the broker ended the subscription")),
+                Some(Ok(delivery)) => self.delivery(delivery),
+                ended => return Err(self.lost(why(ended))),
             },
-            error = self.life.ended() => Err(error),
+            _ = &mut self.settler_gone => {
+                return Err(self.lost(SessionError::lost("the channel takes no acknowledgements")));
+            }
+            error = self.life.ended() => return Err(self.lost(error)),
         };
-        let first = first.inspect_err(|_| self.id.lanes.remove(self.id.number))?;
         let mut deliveries = vec![first];
         while deliveries.len() < max.get() {
-            // An error here is met again by the next call.
-            let Some(Some(Ok(delivery))) = self.consumer.next().now_or_never() else { break };
-            let delivery = self.delivery(delivery);
-            deliveries.push(delivery);
+            match self.consumer.next().now_or_never() {
+                None => break,
+                Some(Some(Ok(delivery))) => deliveries.push(self.delivery(delivery)),
+                // The consumer says only once that it has ended: kept for the next call.
+                Some(ended) => {
+                    self.ended = Some(why(ended));
+                    break;
+                }
+            }
         }
         Ok(deliveries)
     }

@@ -1,18 +1,17 @@
 //! Publishes: pipelined, confirmed, bounded.
 
-use std::time::Duration;
+use std::{collections::HashMap, pin::pin, time::Duration};
 
 use atomizer::{
-    Envelope, Limits, Message, SendError,
-    wire::{METADATA_BYTES_MAX, Wire},
+    Address, Envelope, Limits, Message, SendError,
+    wire::{METADATA_BYTES_MAX, Wire, header},
 };
 use bytes::Bytes;
-use futures::{
-    StreamExt,
-    future::{BoxFuture, join_all},
-    stream::FuturesUnordered,
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use lapin::{
+    BasicProperties, Channel, Confirmation, message::BasicReturnMessage,
+    options::BasicPublishOptions,
 };
-use lapin::{BasicProperties, Channel, Confirmation, options::BasicPublishOptions};
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -20,13 +19,14 @@ use tokio::{
 
 use crate::{
     connect::plain,
+    convert,
     session::Life,
     topology::{Route, Topology},
 };
 
 /// From how many unconfirmed messages on no further batch is taken.
 const UNCONFIRMED_MAX: usize = 1024;
-/// How long a confirm may take before the session is given up.
+/// How long a confirm may take before the session is given up, unless the broker says that it is blocked.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
 
 type Results = Vec<Result<(), SendError>>;
@@ -47,13 +47,13 @@ struct Command {
 /// One `basic.publish`.
 struct Publication {
     route: Route,
-    to: String,
+    to: Address,
     properties: BasicProperties,
     body: Bytes,
 }
 
 impl Publisher {
-    /// Returns the handle, and the task, which ends with the last handle.
+    /// Returns the handle, and the task, which ends with the last handle or the session.
     pub(crate) fn new(
         channel: Channel,
         topology: Topology,
@@ -61,7 +61,8 @@ impl Publisher {
         life: Life,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (commands, wanted) = mpsc::channel(UNCONFIRMED_MAX);
-        (Self { commands, topology, limits }, publish_all(channel, wanted, life))
+        let publishing = publish_all(channel, wanted, EndWhenDropped(life));
+        (Self { commands, topology, limits }, publishing)
     }
 
     /// Publishes, and waits until each is confirmed or not.
@@ -82,10 +83,15 @@ impl Publisher {
         let route = self.topology.route(&envelope.to)?;
         let mut wire = Wire::from(Message::clone(&envelope.message));
         let body = std::mem::take(&mut wire.body);
-        check(body.len(), self.limits.payload_bytes_max)?;
+        if let Address::DeadLetter(_) = envelope.to {
+            // What came from the broker goes back to it: our own limit must not keep it here for ever.
+            trim(&mut wire);
+        } else {
+            check(body.len(), self.limits.payload_bytes_max)?;
+        }
         check(wire.metadata_bytes(), METADATA_BYTES_MAX)?;
-        let properties = crate::convert::properties(wire)?;
-        Ok(Publication { route, to: envelope.to.to_string(), properties, body })
+        let properties = convert::properties(wire)?;
+        Ok(Publication { route, to: envelope.to.clone(), properties, body })
     }
 }
 
@@ -93,65 +99,217 @@ fn check(bytes: usize, bytes_max: usize) -> Result<(), SendError> {
     if bytes > bytes_max { Err(SendError::TooLarge { bytes, bytes_max }) } else { Ok(()) }
 }
 
-/// Keeps as many publishes under way as there are: a client that awaits each in turn spends its time waiting.
-async fn publish_all(channel: Channel, mut wanted: mpsc::Receiver<Command>, life: Life) {
-    let mut under_way: FuturesUnordered<BoxFuture<'_, usize>> = FuturesUnordered::new();
-    let mut unconfirmed = 0;
-    loop {
-        tokio::select! {
-            command = wanted.recv(), if unconfirmed < UNCONFIRMED_MAX => match command {
-                Some(Command { batch, done }) => {
-                    let (channel, life, count) = (&channel, &life, batch.len());
-                    unconfirmed += count;
-                    under_way.push(Box::pin(async move {
-                        let results = join_all(batch.into_iter().map(async |prepared| {
-                            publish(channel, prepared?, life).await
-                        }));
-                        // An error says that nobody waits for the results any more.
-                        drop(done.send(results.await));
-                        count
-                    }));
-                }
-                None => break,
-            },
-            Some(count) = under_way.next() => unconfirmed -= count,
-            // What is under way may never be answered: dropping it says that it is unknown.
-            _ = life.ended() => return,
+/// Leaves out headers until the rest fits: first those of others, then the history.
+fn trim(wire: &mut Wire) {
+    if wire.metadata_bytes() <= METADATA_BYTES_MAX {
+        return;
+    }
+    tracing::warn!(id = ?wire.id, "headers of a dead letter do not fit; those of others are left out");
+    wire.headers.retain(|name, _| name.starts_with(header::PREFIX));
+    if wire.metadata_bytes() > METADATA_BYTES_MAX {
+        wire.headers.remove(header::HISTORY);
+    }
+}
+
+/// Ends the session when publishing ends, by a panic too: a node that cannot publish must not look alive.
+struct EndWhenDropped(Life);
+
+impl Drop for EndWhenDropped {
+    fn drop(&mut self) {
+        self.0.end("publishing ended".to_owned());
+    }
+}
+
+/// What tells one publish from another in a message that the broker returns.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    exchange: String,
+    routing_key: String,
+    message_id: Option<String>,
+    correlation_id: Option<String>,
+}
+
+impl Key {
+    fn new(exchange: &str, routing_key: &str, properties: &BasicProperties) -> Self {
+        let text = |text: &Option<_>| text.as_ref().map(ToString::to_string);
+        Self {
+            exchange: exchange.to_owned(),
+            routing_key: routing_key.to_owned(),
+            message_id: text(properties.message_id()),
+            correlation_id: text(properties.correlation_id()),
         }
     }
-    while under_way.next().await.is_some() {}
+
+    fn returned(message: &BasicReturnMessage) -> Self {
+        Self::new(message.exchange.as_str(), message.routing_key.as_str(), &message.properties)
+    }
+}
+
+/// One publish that the broker has answered.
+struct Answered {
+    batch: u64,
+    at: usize,
+    key: Key,
+    to: Address,
+    answer: Result<Confirmation, SendError>,
+}
+
+/// The results of a batch so far.
+struct Batch {
+    results: Results,
+    unanswered: usize,
+    done: oneshot::Sender<Results>,
+}
+
+/// What is on its way to the broker.
+struct UnderWay<'a> {
+    channel: &'a Channel,
+    life: &'a Life,
+    publishes: FuturesUnordered<BoxFuture<'a, Answered>>,
+    batches: HashMap<u64, Batch>,
+    next_batch: u64,
+    /// Messages that were returned, and whose own confirm has not come yet.
+    ///
+    /// The client hands a returned message to whichever confirm it completes next, which need not be that of
+    /// the message: so it is looked up by what it says. It cannot come too late: the broker returns a message
+    /// before it confirms it, so the confirm that carries it is never completed after its own.
+    returned: HashMap<Key, u32>,
+}
+
+/// Keeps as many publishes under way as there are: a client that awaits each in turn spends its time waiting.
+async fn publish_all(channel: Channel, mut wanted: mpsc::Receiver<Command>, life: EndWhenDropped) {
+    let mut under_way = UnderWay {
+        channel: &channel,
+        life: &life.0,
+        publishes: FuturesUnordered::new(),
+        batches: HashMap::new(),
+        next_batch: 0,
+        returned: HashMap::new(),
+    };
+    let mut ended = pin!(life.0.ended());
+    loop {
+        tokio::select! {
+            command = wanted.recv(), if under_way.publishes.len() < UNCONFIRMED_MAX => match command {
+                Some(command) => under_way.begin(command),
+                None => break,
+            },
+            Some(answered) = under_way.publishes.next() => under_way.answered(answered),
+            // What is under way may never be answered: dropping it says that it is unknown.
+            _ = &mut ended => return,
+        }
+    }
+    while let Some(answered) = under_way.publishes.next().await {
+        under_way.answered(answered);
+    }
+}
+
+impl UnderWay<'_> {
+    fn begin(&mut self, Command { batch, done }: Command) {
+        let number = self.next_batch;
+        self.next_batch += 1;
+        let mut results = Vec::with_capacity(batch.len());
+        let mut unanswered = 0;
+        for (at, prepared) in batch.into_iter().enumerate() {
+            results.push(prepared.map(|publication| {
+                unanswered += 1;
+                let (channel, life) = (self.channel, self.life);
+                self.publishes.push(Box::pin(publish(channel, life, publication, number, at)));
+            }));
+        }
+        self.batches.insert(number, Batch { results, unanswered, done });
+        self.finish(number);
+    }
+
+    /// Takes in all that is answered by now, and only then decides: see [`UnderWay::returned`].
+    fn answered(&mut self, first: Answered) {
+        let mut all = vec![first];
+        while let Some(Some(next)) = self.publishes.next().now_or_never() {
+            all.push(next);
+        }
+        for Answered { answer, .. } in &all {
+            if let Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) = answer
+            {
+                *self.returned.entry(Key::returned(message)).or_default() += 1;
+            }
+        }
+        for Answered { batch: number, at, key, to, answer } in all {
+            let result = self.decide(&key, &to, answer);
+            if let Some(batch) = self.batches.get_mut(&number) {
+                batch.results[at] = result;
+                batch.unanswered -= 1;
+            }
+            self.finish(number);
+        }
+    }
+
+    fn decide(
+        &mut self,
+        key: &Key,
+        to: &Address,
+        answer: Result<Confirmation, SendError>,
+    ) -> Result<(), SendError> {
+        let confirmation = answer?;
+        if let Some(count) = self.returned.get_mut(key) {
+            *count -= 1;
+            if *count == 0 {
+                self.returned.remove(key);
+            }
+            if let Address::DeadLetter(_) = to {
+                // The next session declares their queue again.
+                self.life.end("the queue of dead letters is gone".to_owned());
+            }
+            return Err(SendError::Unroutable(to.to_string()));
+        }
+        match confirmation {
+            Confirmation::Ack(_) => Ok(()),
+            Confirmation::Nack(_) => Err(SendError::NotTaken("the broker declined".to_owned())),
+            Confirmation::NotRequested => {
+                Err(SendError::Unknown("the channel does not confirm".to_owned()))
+            }
+        }
+    }
+
+    /// Hands over the results of a batch when they are complete.
+    fn finish(&mut self, number: u64) {
+        if self.batches.get(&number).is_some_and(|batch| batch.unanswered == 0)
+            && let Some(batch) = self.batches.remove(&number)
+        {
+            // An error says that nobody waits for the results any more.
+            drop(batch.done.send(batch.results));
+        }
+    }
 }
 
 async fn publish(
     channel: &Channel,
-    publication: Publication,
     life: &Life,
-) -> Result<(), SendError> {
-    let Publication { route: Route { exchange, key }, to, properties, body } = publication;
+    publication: Publication,
+    batch: u64,
+    at: usize,
+) -> Answered {
+    let Publication { route: Route { exchange, key: routing_key }, to, properties, body } =
+        publication;
+    let key = Key::new(exchange.as_str(), routing_key.as_str(), &properties);
     // Without `mandatory`, what cannot be routed is confirmed and gone.
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let confirmed =
-        async { channel.basic_publish(exchange, key, options, &body, properties).await?.await };
-    match timeout(CONFIRM_TIMEOUT, confirmed).await {
-        Ok(Ok(Confirmation::Ack(None))) => Ok(()),
-        Ok(Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_)))) => {
-            Err(SendError::Unroutable(to))
+    let mut confirmed = pin!(async {
+        channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await
+    });
+    let answer = loop {
+        match timeout(CONFIRM_TIMEOUT, &mut confirmed).await {
+            Ok(Ok(confirmation)) => break Ok(confirmation),
+            Ok(Err(error)) => {
+                // Whatever went wrong, this channel is of no more use, and with it the session.
+                life.end(format!("publishing failed: {}", plain(&error)));
+                break Err(SendError::Unknown(plain(&error)));
+            }
+            Err(_) if life.is_blocked() => {}
+            Err(_) => {
+                let reason = format!("no confirm within {CONFIRM_TIMEOUT:?}");
+                life.end(reason.clone());
+                break Err(SendError::Unknown(reason));
+            }
         }
-        Ok(Ok(Confirmation::Nack(None))) => {
-            Err(SendError::NotTaken("the broker declined".to_owned()))
-        }
-        Ok(Ok(Confirmation::NotRequested)) => {
-            Err(SendError::Unknown("the channel does not confirm".to_owned()))
-        }
-        Ok(Err(error)) => {
-            // Whatever went wrong, this channel is of no more use, and with it the session.
-            life.end(format!("publishing failed: {}", plain(&error)));
-            Err(SendError::Unknown(plain(&error)))
-        }
-        Err(_) => {
-            let reason = format!("no confirm within {CONFIRM_TIMEOUT:?}");
-            life.end(reason.clone());
-            Err(SendError::Unknown(reason))
-        }
-    }
+    };
+    Answered { batch, at, key, to, answer }
 }

@@ -4,8 +4,10 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     num::NonZeroUsize,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,10 +16,11 @@ use atomizer::{
     Address as To, AtomId, Envelope, Epoch, Limits, NodeId, OpenError, Outcome, Release, ReplyTo,
     SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
 };
-use futures::{StreamExt, future::join_all};
+use futures::{StreamExt, future::join_all, stream::BoxStream};
 use lapin::{
-    Channel, Connection, Event,
+    Channel, Connection, Consumer, ErrorKind, Event,
     options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeleteOptions},
+    protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
 };
 use tokio::{
@@ -27,7 +30,7 @@ use tokio::{
 };
 
 use crate::{
-    connect::{Address, plain},
+    connect::{Address, Connected, plain},
     lane::{Command, Commands, LaneId, LaneSubscription, Settler},
     publisher::Publisher,
     topology::Topology,
@@ -59,16 +62,34 @@ pub(crate) struct RabbitSession {
 
 /// Whether a session has ended, and why. Clones share it.
 #[derive(Clone, Debug)]
-pub(crate) struct Life(Arc<watch::Sender<Option<SessionError>>>);
+pub(crate) struct Life(Arc<LifeState>);
+
+#[derive(Debug)]
+struct LifeState {
+    ended: watch::Sender<Option<SessionError>>,
+    /// The broker is short of memory or disk, and reads nothing from who publishes.
+    blocked: AtomicBool,
+}
 
 impl Life {
+    fn new() -> Self {
+        Self(Arc::new(LifeState {
+            ended: watch::Sender::new(None),
+            blocked: AtomicBool::new(false),
+        }))
+    }
+
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.0.blocked.load(Ordering::Relaxed)
+    }
+
     /// Ends the session by a fault. The first reason stands.
     pub(crate) fn end(&self, reason: String) {
         self.end_with(SessionError::lost(reason));
     }
 
     fn end_with(&self, error: SessionError) {
-        self.0.send_if_modified(|ended| {
+        self.0.ended.send_if_modified(|ended| {
             let first = ended.is_none();
             ended.get_or_insert(error);
             first
@@ -93,7 +114,7 @@ impl Life {
     }
 
     pub(crate) async fn ended(&self) -> SessionError {
-        let mut ended = self.0.subscribe();
+        let mut ended = self.0.ended.subscribe();
         let error = ended.wait_for(Option::is_some).await.ok().and_then(|error| error.clone());
         error.unwrap_or(SessionError::Closed)
     }
@@ -150,8 +171,9 @@ impl RabbitSession {
         let publishing = address.connect(node, "publishes").await?;
         let consuming = address.connect(node, "consumes").await?;
         let setting_up = async {
-            let channel = publishing.create_channel().await?;
-            topology.declare_base(&channel, node).await?;
+            let channel = publishing.connection.create_channel().await?;
+            topology.declare_base(&channel).await?;
+            topology.declare_inbox(&channel, node).await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok(channel)
         };
@@ -159,14 +181,16 @@ impl RabbitSession {
             Ok(channel) => channel.map_err(|error| address.classify(&error))?,
             Err(_) => return Err(OpenError::Unreachable(format!("{address}: no answer in time"))),
         };
-        let life = Life(Arc::new(watch::Sender::new(None)));
+        let life = Life::new();
         let mut tasks = JoinSet::new();
         let (publisher, publish) = Publisher::new(channel, topology.clone(), limits, life.clone());
         tasks.spawn(publish);
-        let (publishing, consuming) = (Arc::new(publishing), Arc::new(consuming));
-        for connection in [&publishing, &consuming] {
-            tasks.spawn(watch_over(Arc::clone(connection), life.clone()));
-        }
+        let mut watch = |Connected { connection, events }: Connected| {
+            let connection = Arc::new(connection);
+            tasks.spawn(watch_over(Arc::clone(&connection), events, life.clone()));
+            connection
+        };
+        let (publishing, consuming) = (watch(publishing), watch(consuming));
         Ok(Self {
             node: node.clone(),
             topology: topology.clone(),
@@ -186,34 +210,46 @@ impl RabbitSession {
         self.declared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn request<T>(
-        &self,
-        connection: &Connection,
-        request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>,
-    ) -> Result<T, SessionError> {
-        self.life.bound(REQUEST_TIMEOUT, on_own_channel(connection, request)).await
-    }
-
-    /// Makes sure that the queue of an atom is there.
-    async fn declare_atom(&self, atom: &AtomId) -> Result<(), SessionError> {
-        self.request(&self.publishing, async |channel| {
+    /// Makes sure that the queue of an atom is there. One that is there with other arguments is used as it is.
+    ///
+    /// Asked for on the consuming connection: the other one may be blocked.
+    async fn declare_atom(&self, atom: &AtomId) -> Result<(), SendError> {
+        let declaring = on_own_channel(&self.consuming, async |channel| {
             self.topology.declare_atom(channel, atom).await
-        })
-        .await?;
+        });
+        let declared = match self.life.bound(REQUEST_TIMEOUT, async { Ok(declaring.await) }).await {
+            Ok(declared) => declared,
+            Err(error) => return Err(SendError::Unknown(error.to_string())),
+        };
+        if let Err(error) = declared {
+            match refusal(&error) {
+                Some(AMQPSoftError::PRECONDITIONFAILED) => {
+                    tracing::warn!(%atom, reason = plain(&error), "a queue is used that is not as it should be");
+                }
+                Some(AMQPSoftError::ACCESSREFUSED) => {
+                    return Err(SendError::Refused(plain(&error)));
+                }
+                _ => return Err(SendError::Unknown(plain(&error))),
+            }
+        }
         self.declared().insert(atom.clone());
         Ok(())
     }
 
-    /// Makes sure that the queues of all these are there, asking the broker once per session.
-    async fn declare_all(&self, envelopes: &[Envelope]) -> Result<(), SessionError> {
+    /// Makes sure that the queues of all these are there, asking the broker once per session. Returns why one
+    /// is not.
+    async fn declare_all(&self, envelopes: &[Envelope]) -> Vec<(AtomId, SendError)> {
+        let mut refused = Vec::new();
         for envelope in envelopes {
             if let To::Atom(atom) = &envelope.to
                 && !self.declared().contains(atom)
+                && !refused.iter().any(|(refused, _)| refused == atom)
+                && let Err(error) = self.declare_atom(atom).await
             {
-                self.declare_atom(atom).await?;
+                refused.push((atom.clone(), error));
             }
         }
-        Ok(())
+        refused
     }
 
     /// A queue that was there and takes nothing was deleted: it is declared again before the next try.
@@ -229,6 +265,38 @@ impl RabbitSession {
             }
             (_, result) => result,
         }
+    }
+
+    async fn consume(
+        &self,
+        queue: &str,
+        prefetch: u16,
+    ) -> Result<(Channel, Consumer), SessionError> {
+        let channel = self.life.bound(REQUEST_TIMEOUT, self.consuming.create_channel()).await?;
+        let consuming = async {
+            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+            let options = BasicConsumeOptions::default();
+            let tag = self.node.as_str().into();
+            channel.basic_consume(queue.into(), tag, options, FieldTable::default()).await
+        };
+        match self.life.bound(REQUEST_TIMEOUT, consuming).await {
+            Ok(consumer) => Ok((channel, consumer)),
+            Err(error) => {
+                // A consumer that comes into being late must not hold what nobody will take from it.
+                self.spawn(async move {
+                    let closing = channel.close(REPLY_SUCCESS, "too late".into());
+                    drop(timeout(REQUEST_TIMEOUT, closing).await);
+                });
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs a task for as long as the session is there.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task);
     }
 
     /// Hands a settlement to its lane; what comes back is where the result will be.
@@ -255,6 +323,17 @@ impl RabbitSession {
     }
 }
 
+/// The reply code, when a request was refused at the cost of its channel.
+fn refusal(error: &lapin::Error) -> Option<AMQPSoftError> {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => match error.kind() {
+            AMQPErrorKind::Soft(code) => Some(code.clone()),
+            AMQPErrorKind::Hard(_) => None,
+        },
+        _ => None,
+    }
+}
+
 /// Runs a request on a channel of its own: one that is refused costs the channel (AMQP 0-9-1, 2.2.4).
 async fn on_own_channel<T>(
     connection: &Connection,
@@ -268,15 +347,29 @@ async fn on_own_channel<T>(
 
 /// Ends the session with the connection, and the connection with a session that a fault has ended, so that
 /// the broker takes back at once what it delivered.
-async fn watch_over(connection: Arc<Connection>, life: Life) {
+async fn watch_over(
+    connection: Arc<Connection>,
+    mut events: BoxStream<'static, Event>,
+    life: Life,
+) {
     let failed = async {
-        let mut events = pin!(connection.events_listener());
-        while let Some(event) = events.next().await {
-            // Errors of single channels are reported here too; those end their subscription only.
-            if let Event::Error(error) = event
-                && !connection.status().connected()
-            {
-                return plain(&error);
+        // It may have ended before anyone listened.
+        while connection.status().connected() {
+            match events.next().await {
+                Some(Event::ConnectionBlocked(reason)) => {
+                    tracing::warn!(%reason, "the broker takes nothing for now");
+                    life.0.blocked.store(true, Ordering::Relaxed);
+                }
+                Some(Event::ConnectionUnblocked) => {
+                    tracing::info!("the broker takes messages again");
+                    life.0.blocked.store(false, Ordering::Relaxed);
+                }
+                // Errors of single channels are told here too; those end their subscription only.
+                Some(Event::Error(error)) if !connection.status().connected() => {
+                    return plain(&error);
+                }
+                Some(_) => {}
+                None => break,
             }
         }
         "the connection ended".to_owned()
@@ -314,41 +407,68 @@ impl Session for RabbitSession {
     ) -> Result<Box<dyn Subscription>, SessionError> {
         let (queue, atom) = match source {
             Source::Atom(atom) => {
-                self.declare_atom(&atom).await?;
+                self.declare_atom(&atom).await.map_err(SessionError::lost)?;
                 (self.topology.atom_queue(&atom), Some(atom))
             }
-            Source::Inbox => (self.topology.inbox_queue(&self.node), None),
+            Source::Inbox => {
+                // It may have been deleted, or have expired, since the session began.
+                let declare = async |channel: &Channel| {
+                    self.topology.declare_inbox(channel, &self.node).await
+                };
+                let declaring = on_own_channel(&self.consuming, declare);
+                self.life.bound(REQUEST_TIMEOUT, declaring).await?;
+                (self.topology.inbox_queue(&self.node), None)
+            }
             other => return Err(SessionError::lost(format!("{other:?} is not supported"))),
         };
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
-        let consuming = async {
-            let channel = self.consuming.create_channel().await?;
-            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-            let (queue, tag) = (queue.as_str().into(), self.node.as_str().into());
-            let options = BasicConsumeOptions::default();
-            let consumer =
-                channel.basic_consume(queue, tag, options, FieldTable::default()).await?;
-            Ok((channel, consumer))
-        };
-        let (channel, consumer) = self.life.bound(REQUEST_TIMEOUT, consuming).await?;
+        let (channel, consumer) = self.consume(&queue, prefetch).await?;
         #[expect(clippy::disallowed_methods, reason = "bounded by the deliveries that are out")]
         let (command, commands) = mpsc::unbounded_channel();
         let number = self.lanes.add(command);
         let id = LaneId { epoch: self.epoch, number, lanes: Arc::clone(&self.lanes) };
-        let (publisher, settling, life) =
-            (self.publisher.clone(), channel.clone(), self.life.clone());
-        let settler = Settler { id: id.clone(), channel: settling, publisher, life, commands };
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(settler.run());
-        Ok(Box::new(LaneSubscription { id, channel, consumer, atom, life: self.life.clone() }))
+        let (alive, settler_gone) = oneshot::channel();
+        self.spawn(
+            Settler {
+                id: id.clone(),
+                channel: channel.clone(),
+                publisher: self.publisher.clone(),
+                life: self.life.clone(),
+                _alive: alive,
+                commands,
+            }
+            .run(),
+        );
+        let life = self.life.clone();
+        Ok(Box::new(LaneSubscription {
+            id,
+            channel,
+            consumer,
+            atom,
+            life,
+            settler_gone,
+            ended: None,
+        }))
     }
 
     async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
-        if let Err(error) = self.declare_all(envelopes).await {
-            return vec![Err(SendError::Unknown(error.to_string())); envelopes.len()];
-        }
-        let results = self.publisher.publish(envelopes).await;
-        let results = envelopes.iter().zip(results);
-        results.map(|(envelope, result)| self.forget_deleted(envelope, result)).collect()
+        let refused = self.declare_all(envelopes).await;
+        let why_not = |envelope: &Envelope| match &envelope.to {
+            To::Atom(atom) => {
+                refused.iter().find(|(id, _)| id == atom).map(|(_, error)| error.clone())
+            }
+            _ => None,
+        };
+        let sendable: Vec<_> =
+            envelopes.iter().filter(|envelope| why_not(envelope).is_none()).cloned().collect();
+        let mut sent = self.publisher.publish(&sendable).await.into_iter();
+        let lost = || Err(SendError::Unknown("the session ended".to_owned()));
+        (envelopes.iter())
+            .map(|envelope| match why_not(envelope) {
+                Some(error) => Err(error),
+                None => self.forget_deleted(envelope, sent.next().unwrap_or_else(lost)),
+            })
+            .collect()
     }
 
     async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {

@@ -73,13 +73,21 @@ impl Topology {
         self.namespace.as_str().into()
     }
 
-    /// Declares what every node needs: the exchange, the dead letters, its own inbox.
-    pub(crate) async fn declare_base(&self, channel: &Channel, node: &NodeId) -> lapin::Result<()> {
+    /// Declares what every node needs: the exchange and the dead letters.
+    pub(crate) async fn declare_base(&self, channel: &Channel) -> lapin::Result<()> {
         let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
         channel
             .exchange_declare(self.exchange(), ExchangeKind::Direct, options, FieldTable::default())
             .await?;
-        self.declare_bound(channel, &self.dead_queue(), DEAD_KEY, quorum()).await?;
+        self.declare_bound(channel, &self.dead_queue(), DEAD_KEY, quorum()).await
+    }
+
+    /// Declares the inbox of a node.
+    pub(crate) async fn declare_inbox(
+        &self,
+        channel: &Channel,
+        node: &NodeId,
+    ) -> lapin::Result<()> {
         let mut inbox = quorum();
         let expires_ms = i64::try_from(INBOX_EXPIRES.as_millis()).unwrap_or(i64::MAX);
         inbox.insert("x-expires".into(), AMQPValue::LongLongInt(expires_ms));

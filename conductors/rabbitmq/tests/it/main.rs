@@ -5,5 +5,6 @@
 mod faults;
 mod interop;
 mod open;
+mod publishing;
 mod support;
 mod topology;

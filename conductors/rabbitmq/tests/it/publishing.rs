@@ -1,0 +1,101 @@
+//! What is sent is safe, or it is known not to be.
+
+use atomizer::{
+    Address, AtomId, CallError, Conductor, Electron, Envelope, NodeId, Payload, ReplyTo, SendError,
+    prelude::*,
+};
+use atomizer_test_support::{Permissions, shared};
+
+use crate::support::{Double, blocking, rabbit, soon, vhost};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_returned_message_is_told_of_its_own_publish() {
+    let vhost = vhost().await;
+    let conductor = rabbit(&vhost.url());
+    let session = conductor.open(&NodeId::unique("sender").unwrap()).await.unwrap();
+    let atom = AtomId::from_static("taken");
+    let envelopes: Vec<_> = (0..20_000)
+        .map(|number| {
+            let electron = Electron::new(atom.clone(), Payload::json(number.to_string()));
+            let to = match number % 7 {
+                3 => Address::Reply(ReplyTo::new(format!("nobody.{}", number % 3))),
+                _ => Address::Atom(atom.clone()),
+            };
+            Envelope::new(to, electron.into())
+        })
+        .collect();
+    // Many callers at once, so that confirms of many come together.
+    let batches = envelopes.chunks(50).map(|batch| session.send(batch));
+    let results = soon(futures::future::join_all(batches)).await.into_iter().flatten();
+    for (number, result) in results.enumerate() {
+        let unroutable = matches!(result, Err(SendError::Unroutable(_)));
+        assert_eq!(unroutable, number % 7 == 3, "{number}: {result:?}");
+        assert!(unroutable || result.is_ok(), "{number}: {result:?}");
+    }
+    session.close().await;
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_that_may_not_declare_is_told_so() {
+    let vhost = blocking(|| {
+        let broker = shared().unwrap();
+        let vhost = broker.vhost().unwrap();
+        let own = Permissions::new(r"^atomizer(\.dead|\.inbox\..*)?$", ".*", ".*");
+        broker.add_user("caller", "secret", vhost.name(), &own).unwrap();
+        vhost
+    })
+    .await;
+    let url = vhost.url_as("caller", "secret");
+    let atomizer = Atomizer::builder().conductor(rabbit(&url)).start().await.unwrap();
+    let error = soon(atomizer.call::<Double>(1).into_future()).await.unwrap_err();
+    let CallError::NotSent { source: SendError::Refused(reason), .. } = error else {
+        panic!("expected a refusal, not {error:?}")
+    };
+    assert!(reason.contains("ACCESS_REFUSED"), "{reason}");
+    atomizer.drain().await.unwrap();
+    blocking(move || {
+        vhost.node().delete_user("caller").unwrap();
+        drop(vhost);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_is_there_with_other_arguments_is_used() {
+    let vhost = vhost().await;
+    let vhost = blocking(move || {
+        let path = format!("/api/queues/{}/atomizer.atom.double", vhost.name());
+        let classic = serde_json::json!({ "durable": true, "arguments": {} });
+        vhost.node().manage("PUT", &path, Some(&classic)).unwrap();
+        let exchange = serde_json::json!({ "type": "direct", "durable": true });
+        let path = format!("/api/exchanges/{}/atomizer", vhost.name());
+        vhost.node().manage("PUT", &path, Some(&exchange)).unwrap();
+        let path = format!("/api/bindings/{}/e/atomizer/q/atomizer.atom.double", vhost.name());
+        let key = serde_json::json!({ "routing_key": "atom.double" });
+        vhost.node().manage("POST", &path, Some(&key)).unwrap();
+        vhost
+    })
+    .await;
+    let builder = Atomizer::builder().conductor(rabbit(&vhost.url())).atom(Double);
+    let atomizer = builder.start().await.unwrap();
+    assert_eq!(soon(atomizer.call::<Double>(4).into_future()).await.unwrap(), 8);
+    atomizer.drain().await.unwrap();
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_with_more_headers_than_fit_is_kept_without_those_of_others() {
+    let vhost = vhost().await;
+    let conductor = rabbit(&vhost.url());
+    let session = conductor.open(&NodeId::unique("sender").unwrap()).await.unwrap();
+    let mut electron = Electron::new(AtomId::from_static("any"), Payload::json("1"));
+    electron.extra.insert("x-long".into(), "x".repeat(20_000).into());
+    let to = |to: Address| [Envelope::new(to, electron.clone().into())];
+    let sent = session.send(&to(Address::Atom(AtomId::from_static("any")))).await;
+    assert!(matches!(sent[0], Err(SendError::TooLarge { .. })), "{sent:?}");
+    let dead = session.send(&to(Address::DeadLetter(AtomId::from_static("any")))).await;
+    assert!(dead[0].is_ok(), "{dead:?}");
+    session.close().await;
+    blocking(move || drop(vhost)).await;
+}
