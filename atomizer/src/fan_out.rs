@@ -15,7 +15,8 @@ use crate::{
 /// A fan-out that has not begun: choose what to make of the outputs.
 ///
 /// Inputs are taken from the iterator as there is room in the window, so a million children do not need a
-/// million entries. Each child counts once, however often it is delivered or answered. Dropping the fan-out
+/// million entries. An atom that asks itself holds, while it waits, its place in the node's window for that
+/// atom: its limit of concurrency and at most 64 more. Each child counts once, however often it is delivered or answered. Dropping the fan-out
 /// gives up the answers.
 #[must_use = "a fan-out does nothing until its outputs are asked for"]
 pub struct FanOut<'cx, A, I> {

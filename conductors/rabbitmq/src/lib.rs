@@ -29,6 +29,11 @@
 //!
 //! Any AMQP 0-9-1 client can ask an atom: publish JSON to the exchange with routing key `atom.<atom id>`,
 //! and name a queue in `reply_to`.
+//!
+//! # What it logs
+//!
+//! No secret and no payload. The client beneath it, lapin, logs messages that the broker returns with all
+//! that is in them: filter its target `lapin::returned_messages` out.
 
 mod acks;
 mod connect;

@@ -157,19 +157,24 @@ async fn a_subscription_that_ends_behind_its_last_deliveries_says_so() {
     let sent = session.send(&[envelope(), envelope(), envelope()]).await;
     assert!(sent.iter().all(Result::is_ok), "{sent:?}");
     let first = soon(subscription.next(NonZeroUsize::MIN)).await.unwrap();
+    let mut witness = session.subscribe(Source::Atom(atom.clone()), ten).await.unwrap();
     let deleted = Arc::clone(&vhost);
     blocking(move || {
-        let name = "atomizer.atom.ending";
-        let path = format!("/api/queues/{}/{name}", deleted.name());
+        let path = format!("/api/queues/{}/atomizer.atom.ending", deleted.name());
         deleted.node().manage("DELETE", &path, None).unwrap();
-        while deleted.queues().unwrap().iter().any(|queue| queue.name == name) {}
     })
     .await;
+    assert!(soon(witness.next(ten)).await.is_err(), "the broker tells all subscribers");
     // The end lies behind two deliveries that are here already. It must not be lost with them.
-    let end = async { while subscription.next(ten).await.is_ok() {} };
+    let mut held = Vec::new();
+    let end = async {
+        while let Ok(deliveries) = subscription.next(ten).await {
+            held.extend(deliveries);
+        }
+    };
     soon(end).await;
     assert!(soon(subscription.next(ten)).await.is_err(), "and it stays ended");
-    drop(first);
+    drop((first, held));
     session.close().await;
     blocking(move || drop(vhost)).await;
 }
