@@ -10,7 +10,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{Context, Failure, FailureKind, Options, Payload, RawAtom};
+use crate::{Context, ElectronId, Failure, FailureKind, Options, Payload, RawAtom};
 
 /// What a run comes to.
 pub(crate) type RunResult = Result<Payload, Failure>;
@@ -42,8 +42,8 @@ pub(crate) trait Start: Send + Sync {
 /// Where the result of one run goes.
 #[derive(Debug)]
 pub(crate) struct Report {
-    pub(crate) key: u64,
-    pub(crate) to: mpsc::UnboundedSender<(u64, RunResult)>,
+    pub(crate) electron: ElectronId,
+    pub(crate) to: mpsc::UnboundedSender<(ElectronId, RunResult)>,
 }
 
 impl<A: RawAtom> Start for A {
@@ -57,7 +57,7 @@ impl<A: RawAtom> Start for A {
             let result = AssertUnwindSafe(run(&*self, context, limit)).catch_unwind().await;
             let result = result.unwrap_or_else(|panic| Err(panicked(&*panic)));
             // An error says that the worker is gone, and with it the ticket.
-            drop(report.to.send((report.key, result)));
+            drop(report.to.send((report.electron, result)));
         };
         if options.is_blocking() {
             let runtime = Handle::current();

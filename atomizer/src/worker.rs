@@ -56,31 +56,35 @@ pub(crate) struct Worker {
     ready: VecDeque<(Arc<Electron>, Ticket)>,
     /// A place in the queue for a permit, while something is ready and there was none.
     queued: Option<oneshot::Receiver<Permit>>,
-    in_flight: FxHashMap<u64, InFlight>,
-    /// The key of each run in flight.
-    running: FxHashMap<ElectronId, u64>,
-    next_key: u64,
-    finished: mpsc::UnboundedReceiver<(u64, RunResult)>,
-    finish: mpsc::UnboundedSender<(u64, RunResult)>,
-    results: Vec<(u64, RunResult)>,
+    /// Each runs once, however often it is delivered.
+    in_flight: FxHashMap<ElectronId, InFlight>,
+    finished: mpsc::UnboundedReceiver<(ElectronId, RunResult)>,
+    finish: mpsc::UnboundedSender<(ElectronId, RunResult)>,
+    results: Vec<(ElectronId, RunResult)>,
     settling: FuturesUnordered<BoxFuture<'static, Settled>>,
     draining: bool,
 }
 
 struct InFlight {
-    /// The delivery that began it, and those that came while it ran: after a lost session, or because the
-    /// electron was sent twice. Each is answered as it asks.
-    deliveries: Vec<(Arc<Electron>, Ticket)>,
+    electron: Arc<Electron>,
+    ticket: Ticket,
+    /// Deliveries of the same electron that came while it ran: after its session was lost, or because it was
+    /// sent twice. One run answers for all, each as it asks.
+    adopted: Vec<(Arc<Electron>, Ticket)>,
     began: Began,
     _run: Run,
 }
 
 impl InFlight {
-    /// Takes a further delivery of the same electron: one run answers for all.
     fn adopt(&mut self, electron: Arc<Electron>, ticket: Ticket) {
         // What an earlier session delivered went back when it ended.
-        self.deliveries.retain(|(_, held)| held.epoch() == ticket.epoch());
-        self.deliveries.push((electron, ticket));
+        let epoch = ticket.epoch();
+        self.adopted.retain(|(_, held)| held.epoch() == epoch);
+        if self.ticket.epoch() == epoch {
+            self.adopted.push((electron, ticket));
+        } else {
+            (self.electron, self.ticket) = (electron, ticket);
+        }
     }
 }
 
@@ -125,8 +129,6 @@ impl Worker {
             ready: VecDeque::new(),
             queued: None,
             in_flight: FxHashMap::default(),
-            running: FxHashMap::default(),
-            next_key: 0,
             finished,
             finish,
             results: Vec::new(),
@@ -188,7 +190,7 @@ impl Worker {
             self.emit(|atom| EventKind::Received { electron: id, atom, redeliveries });
             if electron.atom != self.atom.id {
                 unfit.push(self.settler.misdirected(ticket, electron));
-            } else if let Some(running) = self.run_of(id) {
+            } else if let Some(running) = self.in_flight.get_mut(&id) {
                 running.adopt(electron, ticket);
             } else {
                 self.ready.push_back((electron, ticket));
@@ -225,38 +227,31 @@ impl Worker {
 
     fn start(&mut self, electron: Arc<Electron>, ticket: Ticket, permit: Permit, began: Began) {
         let (id, attempt) = (electron.id, electron.attempts + 1);
-        if let Some(running) = self.run_of(id) {
+        if let Some(running) = self.in_flight.get_mut(&id) {
             return running.adopt(electron, ticket);
         }
         self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
         let slot = Slot::new(permit);
         let context = Context::new(self.asker.clone(), Arc::clone(&electron), slot);
-        let key = self.next_key;
-        self.next_key += 1;
-        let report = Report { key, to: self.finish.clone() };
+        let report = Report { electron: id, to: self.finish.clone() };
         let run = Arc::clone(&self.atom.atom).start(context, &self.atom.options, report);
-        self.running.insert(id, key);
-        self.in_flight
-            .insert(key, InFlight { deliveries: vec![(electron, ticket)], began, _run: run });
-    }
-
-    fn run_of(&mut self, electron: ElectronId) -> Option<&mut InFlight> {
-        self.running.get(&electron).and_then(|key| self.in_flight.get_mut(key))
+        let in_flight = InFlight { electron, ticket, adopted: Vec::new(), began, _run: run };
+        self.in_flight.insert(id, in_flight);
     }
 
     /// Settles all that has finished by now in one batch.
     fn on_finished(&mut self, count: usize) {
         let mut batch = Vec::with_capacity(count);
         let now = Instant::now();
-        for (key, result) in self.results.drain(..) {
-            let ran = self.in_flight.remove(&key).expect("each run reports once");
-            let InFlight { deliveries, began, .. } = ran;
+        for (id, result) in self.results.drain(..) {
+            let ran = self.in_flight.remove(&id).expect("each run reports once");
+            let InFlight { electron, ticket, adopted, began, .. } = ran;
             let took = now.saturating_duration_since(began.instant);
-            for (electron, ticket) in deliveries {
-                self.running.remove(&electron.id);
+            for (electron, ticket) in adopted {
                 let result = result.clone();
                 batch.push(self.settler.electron(ticket, electron, began.at, took, result));
             }
+            batch.push(self.settler.electron(ticket, electron, began.at, took, result));
         }
         self.settle(batch);
         self.start_ready();
