@@ -1,6 +1,11 @@
 //! One consumer on a channel of its own, and the task that settles what it delivered.
 
-use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    num::NonZeroUsize,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use atomizer::{
@@ -19,13 +24,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{
-    acks::Acks,
-    connect::plain,
-    convert,
-    publisher::Publisher,
-    session::{Lanes, Life},
-};
+use crate::{acks::Acks, connect::plain, convert, life::Life, publisher::Publisher};
 
 /// How long cancelling a consumer may take.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,6 +43,47 @@ type Done = oneshot::Sender<Result<(), SettleError>>;
 
 /// Where the commands of one lane go. There are never more than deliveries out, so the window bounds them.
 pub(crate) type Commands = mpsc::UnboundedSender<Command>;
+
+/// The ways to the tasks that settle, by the number in the ticket.
+#[derive(Debug, Default)]
+pub(crate) struct Lanes(Mutex<LanesByNumber>);
+
+#[derive(Debug, Default)]
+struct LanesByNumber {
+    next: u32,
+    lanes: HashMap<u32, Commands>,
+}
+
+impl Lanes {
+    fn lock(&self) -> MutexGuard<'_, LanesByNumber> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn add(&self, lane: Commands) -> u32 {
+        let mut lanes = self.lock();
+        let number = lanes.next;
+        lanes.next += 1;
+        lanes.lanes.insert(number, lane);
+        number
+    }
+
+    /// Ends a lane whose channel is gone: its tickets are stale from now on.
+    pub(crate) fn remove(&self, number: u32) {
+        drop(self.lock().lanes.remove(&number));
+    }
+
+    /// Hands a command over; false when the lane has ended.
+    pub(crate) fn command(&self, number: u32, command: Command) -> bool {
+        self.lock().lanes.get(&number).is_some_and(|lane| lane.send(command).is_ok())
+    }
+}
+
+impl Release for Lanes {
+    fn release(&self, channel: u32, key: u64) {
+        // A lane that has ended has nothing out: the broker took it back with the channel.
+        self.command(channel, Command::Release { tag: key });
+    }
+}
 
 /// Which lane, in which session: what a ticket says.
 #[derive(Clone)]

@@ -39,6 +39,7 @@ mod acks;
 mod connect;
 mod convert;
 mod lane;
+mod life;
 mod publisher;
 mod session;
 mod topology;

@@ -20,7 +20,7 @@ use tokio::{
 use crate::{
     connect::plain,
     convert,
-    session::Life,
+    life::Life,
     topology::{Route, Topology},
 };
 

@@ -1,47 +1,41 @@
 //! One life of the connections to a broker.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     fmt,
     num::NonZeroUsize,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use atomizer::{
-    Address as To, AtomId, Envelope, Epoch, Limits, NodeId, OpenError, Outcome, Release, ReplyTo,
-    SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
+    Address as To, AtomId, Envelope, Epoch, Limits, NodeId, OpenError, Outcome, ReplyTo, SendError,
+    Session, SessionError, SettleError, Source, Subscription, Ticket,
 };
-use futures::{StreamExt, future::join_all, stream::BoxStream};
+use futures::future::join_all;
 use lapin::{
-    Channel, Connection, Consumer, ErrorKind, Event,
+    Channel, Connection, Consumer, ErrorKind,
     options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeleteOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
     task::JoinSet,
     time::timeout,
 };
 
 use crate::{
     connect::{Address, Connected, plain},
-    lane::{Command, Commands, LaneId, LaneSubscription, Settler},
+    lane::{Command, LaneId, LaneSubscription, Lanes, Settler},
+    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, close, watch_over},
     publisher::Publisher,
     topology::Topology,
 };
 
 /// How long the broker may take over one request that is no publish.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long closing may take, each step.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// AMQP's reply code for "all is well".
-const REPLY_SUCCESS: u16 = 200;
 
 /// Two connections: a broker that is short of memory or disk stops reading from those that publish, and
 /// acknowledgements must get through all the same.
@@ -58,107 +52,6 @@ pub(crate) struct RabbitSession {
     /// Atoms whose queue was declared through this session.
     declared: Mutex<HashSet<AtomId>>,
     tasks: Mutex<JoinSet<()>>,
-}
-
-/// Whether a session has ended, and why. Clones share it.
-#[derive(Clone, Debug)]
-pub(crate) struct Life(Arc<LifeState>);
-
-#[derive(Debug)]
-struct LifeState {
-    ended: watch::Sender<Option<SessionError>>,
-    /// The broker is short of memory or disk, and reads nothing from who publishes.
-    blocked: AtomicBool,
-}
-
-impl Life {
-    fn new() -> Self {
-        Self(Arc::new(LifeState {
-            ended: watch::Sender::new(None),
-            blocked: AtomicBool::new(false),
-        }))
-    }
-
-    pub(crate) fn is_blocked(&self) -> bool {
-        self.0.blocked.load(Ordering::Relaxed)
-    }
-
-    /// Ends the session by a fault. The first reason stands.
-    pub(crate) fn end(&self, reason: String) {
-        self.end_with(SessionError::lost(reason));
-    }
-
-    fn end_with(&self, error: SessionError) {
-        self.0.ended.send_if_modified(|ended| {
-            let first = ended.is_none();
-            ended.get_or_insert(error);
-            first
-        });
-    }
-
-    /// Awaits something of the broker, but neither longer than `limit` nor than the session lives: requests
-    /// that are under way when a connection breaks may never be answered, not even with an error.
-    pub(crate) async fn bound<T>(
-        &self,
-        limit: Duration,
-        request: impl Future<Output = lapin::Result<T>>,
-    ) -> Result<T, SessionError> {
-        tokio::select! {
-            biased;
-            answer = timeout(limit, request) => match answer {
-                Ok(answer) => answer.map_err(|error| SessionError::lost(plain(&error))),
-                Err(_) => Err(SessionError::lost(format!("no answer within {limit:?}"))),
-            },
-            error = self.ended() => Err(error),
-        }
-    }
-
-    pub(crate) async fn ended(&self) -> SessionError {
-        let mut ended = self.0.ended.subscribe();
-        let error = ended.wait_for(Option::is_some).await.ok().and_then(|error| error.clone());
-        error.unwrap_or(SessionError::Closed)
-    }
-}
-
-/// The ways to the tasks that settle, by the number in the ticket.
-#[derive(Debug, Default)]
-pub(crate) struct Lanes(Mutex<LanesByNumber>);
-
-#[derive(Debug, Default)]
-struct LanesByNumber {
-    next: u32,
-    lanes: HashMap<u32, Commands>,
-}
-
-impl Lanes {
-    fn lock(&self) -> MutexGuard<'_, LanesByNumber> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn add(&self, lane: Commands) -> u32 {
-        let mut lanes = self.lock();
-        let number = lanes.next;
-        lanes.next += 1;
-        lanes.lanes.insert(number, lane);
-        number
-    }
-
-    /// Ends a lane whose channel is gone: its tickets are stale from now on.
-    pub(crate) fn remove(&self, number: u32) {
-        drop(self.lock().lanes.remove(&number));
-    }
-
-    /// Hands a command over; false when the lane has ended.
-    fn command(&self, number: u32, command: Command) -> bool {
-        self.lock().lanes.get(&number).is_some_and(|lane| lane.send(command).is_ok())
-    }
-}
-
-impl Release for Lanes {
-    fn release(&self, channel: u32, key: u64) {
-        // A lane that has ended has nothing out: the broker took it back with the channel.
-        self.command(channel, Command::Release { tag: key });
-    }
 }
 
 impl RabbitSession {
@@ -343,51 +236,6 @@ async fn on_own_channel<T>(
     let result = request(&channel).await?;
     channel.close(REPLY_SUCCESS, "done".into()).await?;
     Ok(result)
-}
-
-/// Ends the session with the connection, and the connection with a session that a fault has ended, so that
-/// the broker takes back at once what it delivered.
-async fn watch_over(
-    connection: Arc<Connection>,
-    mut events: BoxStream<'static, Event>,
-    life: Life,
-) {
-    let failed = async {
-        // It may have ended before anyone listened.
-        while connection.status().connected() {
-            match events.next().await {
-                Some(Event::ConnectionBlocked(reason)) => {
-                    tracing::warn!(%reason, "the broker takes nothing for now");
-                    life.0.blocked.store(true, Ordering::Relaxed);
-                }
-                Some(Event::ConnectionUnblocked) => {
-                    tracing::info!("the broker takes messages again");
-                    life.0.blocked.store(false, Ordering::Relaxed);
-                }
-                // Errors of single channels are told here too; those end their subscription only.
-                Some(Event::Error(error)) if !connection.status().connected() => {
-                    return plain(&error);
-                }
-                Some(_) => {}
-                None => break,
-            }
-        }
-        "the connection ended".to_owned()
-    };
-    tokio::select! {
-        reason = failed => life.end(reason),
-        error = life.ended() => {
-            if !matches!(error, SessionError::Closed) {
-                close(&connection).await;
-            }
-        }
-    }
-}
-
-async fn close(connection: &Connection) {
-    let closing = connection.close(REPLY_SUCCESS, "the session has ended".into());
-    // An error says that it is closed already.
-    drop(timeout(CLOSE_TIMEOUT, closing).await);
 }
 
 #[async_trait]
