@@ -95,28 +95,35 @@ impl Link {
     }
 
     async fn reopen_for_ever(&self, node: &Node) {
+        let mut pauses = backoff();
         loop {
             let current = self.session.borrow().clone();
             if let Some(session) = current {
+                let begun = Instant::now();
                 let error = session.ended().await;
                 self.session.send_replace(None);
                 tracing::warn!(conductor = %self.id(), %error, "session lost");
                 node.events
                     .emit(Some(self.id()), || EventKind::SessionLost { error: error.to_string() });
-            }
-            for pause in backoff() {
-                match self.conductor.open(&node.id).await {
-                    Ok(session) => {
-                        self.opened(node, session);
-                        break;
-                    }
-                    Err(error) => {
-                        self.open_failed(node, &error, pause);
-                        sleep(pause).await;
-                    }
+                if begun.elapsed() > STABLE_AFTER {
+                    pauses = backoff();
+                } else {
+                    // Sessions that open and end at once must not become a hot loop.
+                    sleep(next(&mut pauses)).await;
                 }
             }
+            while let Err(error) = self.reopen(node).await {
+                let pause = next(&mut pauses);
+                self.open_failed(node, &error, pause);
+                sleep(pause).await;
+            }
         }
+    }
+
+    async fn reopen(&self, node: &Node) -> Result<(), OpenError> {
+        let session = self.conductor.open(&node.id).await?;
+        self.opened(node, session);
+        Ok(())
     }
 
     fn opened(&self, node: &Node, session: SharedSession) {
@@ -148,7 +155,7 @@ impl Link {
                 return results;
             }
             // A session that leaves something unknown is about to end; one that declines may want a rest.
-            sleep(pauses.next().expect("the backoff has no end")).await;
+            sleep(next(&mut pauses)).await;
             let session = self.opened_session().await;
             let batch: Vec<_> = open.iter().map(|&at| envelopes[at].clone()).collect();
             for (at, result) in open.into_iter().zip(session.send(&batch).await) {
@@ -173,6 +180,13 @@ impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Link({:?})", self.conductor)
     }
+}
+
+/// How long a session must have lived for the next to be opened without a pause.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
+
+fn next(pauses: &mut impl Iterator<Item = Duration>) -> Duration {
+    pauses.next().expect("the backoff has no end")
 }
 
 /// The pauses between tries: from 50 ms doubling to 1 s, with jitter, without end.
