@@ -97,7 +97,7 @@ impl Asker {
     /// Puts this node into an electron as the one who asks.
     pub(crate) fn address(&self, mut electron: Electron) -> Electron {
         electron.sender = Some(self.node.id.clone());
-        electron.reply_to = Some(self.link.reply_to());
+        electron.reply_to = Some(self.link.reply_to().clone());
         electron
     }
 

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use tokio::sync::oneshot;
 
 use crate::{
-    AtomId, Delivery, EventKind, Message, Outcome, SettleError, Source,
+    AtomId, Delivery, Message, Outcome, SettleError, Source,
     ask::Asker,
     intake::{Intake, Taken},
     settle::Settler,
@@ -21,7 +21,7 @@ const INBOX: AtomId = AtomId::from_static("inbox");
 pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
     let Asker { node, link } = &asker;
     let mut intake = Intake::new(&asker, Source::Inbox, WINDOW, tried);
-    let settler = Settler { node: node.id.clone(), atom: INBOX };
+    let settler = Settler { asker: asker.clone(), atom: INBOX };
     loop {
         let Taken::Deliveries(deliveries) = intake.next(WINDOW).await else {
             continue;
@@ -36,10 +36,7 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
                 batch.push((ticket, Outcome::done(emit)));
                 continue;
             };
-            let electron = answer.electron;
-            if !node.pending.resolve(answer) {
-                node.events.emit(Some(link.id()), || EventKind::AnswerDropped { electron });
-            }
+            node.answer(link.id(), answer);
             batch.push((ticket, Outcome::done(Vec::new())));
         }
         if let Some(session) = intake.session() {

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use crate::{
-    Conductor, ConductorId, Envelope, EventKind, OpenError, ReplyTo, SendError, Session,
+    Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, ReplyTo, SendError, Session,
     node::{Node, Stage},
 };
 
@@ -24,14 +24,14 @@ pub(crate) struct Link {
     conductor: Arc<dyn Conductor>,
     /// The session that is open now. `None` while there is none.
     session: watch::Sender<Option<SharedSession>>,
-    /// Set with the first session and the same ever after.
-    reply_to: OnceLock<ReplyTo>,
+    /// Where this node is answered, and how much an answer may be: known with the first session.
+    inbox: OnceLock<(ReplyTo, Limits)>,
 }
 
 impl Link {
     /// `id` tells it from the node's other conductors, which may be of the same type and name.
     pub(crate) fn new(id: ConductorId, conductor: Arc<dyn Conductor>) -> Self {
-        Self { id, conductor, session: watch::Sender::new(None), reply_to: OnceLock::new() }
+        Self { id, conductor, session: watch::Sender::new(None), inbox: OnceLock::new() }
     }
 
     pub(crate) fn id(&self) -> &ConductorId {
@@ -42,8 +42,16 @@ impl Link {
         self.session.subscribe()
     }
 
-    pub(crate) fn reply_to(&self) -> ReplyTo {
-        self.reply_to.get().expect("a node starts with a session of each conductor").clone()
+    pub(crate) fn reply_to(&self) -> &ReplyTo {
+        &self.inbox().0
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.inbox().1
+    }
+
+    fn inbox(&self) -> &(ReplyTo, Limits) {
+        self.inbox.get().expect("a node starts with a session of each conductor")
     }
 
     /// Opens the first session. Gives up when that is refused, or unreachable for `connect_timeout`.
@@ -65,7 +73,7 @@ impl Link {
             };
             last = match opened {
                 Ok(session) => {
-                    self.reply_to.get_or_init(|| session.reply_to());
+                    self.inbox.get_or_init(|| (session.reply_to(), session.limits()));
                     self.opened(node, session);
                     return Ok(());
                 }

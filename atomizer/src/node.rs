@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::{NodeId, admission::Admission, ask::Pending, event::Events};
+use crate::{
+    ConductorId, EventKind, NodeId, Properties, admission::Admission, ask::Pending, event::Events,
+};
 
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -16,6 +18,14 @@ pub(crate) struct Node {
 }
 
 impl Node {
+    /// Hands an answer to who waits for it.
+    pub(crate) fn answer(&self, conductor: &ConductorId, answer: Arc<Properties>) {
+        let electron = answer.electron;
+        if !self.pending.resolve(answer) {
+            self.events.emit(Some(conductor), || EventKind::AnswerDropped { electron });
+        }
+    }
+
     /// Waits until the node is at `stage` or past it.
     pub(crate) async fn reached(&self, stage: Stage) {
         // An error says that the supervisor is gone, which is past every stage.

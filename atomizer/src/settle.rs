@@ -9,8 +9,9 @@ use futures::future::BoxFuture;
 use tokio::time::sleep;
 
 use crate::{
-    Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, NodeId, Outcome,
-    Payload, Properties, SendError, SettleError, Ticket, clock, link::SharedSession,
+    Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
+    Payload, Properties, ReplyTo, SendError, SettleError, Ticket, ask::Asker, clock,
+    link::SharedSession,
 };
 
 /// How long to wait before what was not taken is tried again, for the first time; it doubles each time.
@@ -105,7 +106,7 @@ impl Ending {
 /// Who answers, and for which atom.
 #[derive(Debug)]
 pub(crate) struct Settler {
-    pub(crate) node: NodeId,
+    pub(crate) asker: Asker,
     pub(crate) atom: AtomId,
 }
 
@@ -120,22 +121,37 @@ impl Settler {
         result: Result<Payload, Failure>,
     ) -> Settlement {
         let result = result.map_err(|mut failure| {
-            failure.node = Some(self.node.clone());
+            failure.node = Some(self.asker.node.id.clone());
             failure.attempt = electron.attempts + 1;
             failure
         });
         let failure = result.as_ref().err().cloned();
         let emit = match &electron.reply_to {
             Some(reply_to) => {
-                let mut properties = Properties::new(&electron, self.node.clone(), result);
+                let node = self.asker.node.id.clone();
+                let mut properties = Properties::new(&electron, node, result);
                 properties.started_at = started_at;
                 properties.duration = took;
-                vec![Envelope::new(Address::Reply(reply_to.clone()), properties.into())]
+                self.answer(reply_to, properties)
             }
             None => (failure.clone())
                 .map_or_else(Vec::new, |failure| vec![self.dead(&electron, failure)]),
         };
         (ticket, emit, Ending::new(Subject::Electron { electron, took, started_at, failure }))
+    }
+
+    /// What is emitted to answer.
+    ///
+    /// An asker that waits in this very process is handed its answer here: that is as safe as it can be, for
+    /// whatever ends this process ends the asker too. It saves the way through the queue.
+    fn answer(&self, reply_to: &ReplyTo, properties: Properties) -> Vec<Envelope> {
+        let Asker { node, link } = &self.asker;
+        let bytes = properties.outcome.as_ref().map_or(0, |payload| payload.body.len());
+        if reply_to != link.reply_to() || bytes > link.limits().payload_bytes_max {
+            return vec![Envelope::new(Address::Reply(reply_to.clone()), properties.into())];
+        }
+        node.answer(link.id(), properties.into());
+        Vec::new()
     }
 
     /// The end of an electron that lies in the queue of another atom than its own.

@@ -118,7 +118,7 @@ impl Worker {
     pub(crate) fn new(asker: Asker, atom: Registered, tried: oneshot::Sender<()>) -> Self {
         let source = Source::Atom(atom.id.clone());
         let intake = Intake::new(&asker, source, atom.window(), tried);
-        let settler = Settler { node: asker.node.id.clone(), atom: atom.id.clone() };
+        let settler = Settler { asker: asker.clone(), atom: atom.id.clone() };
         #[expect(clippy::disallowed_methods, reason = "each run in flight puts in one result")]
         let (finish, finished) = mpsc::unbounded_channel();
         Self {
