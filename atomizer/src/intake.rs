@@ -137,12 +137,16 @@ impl Intake {
     }
 
     fn lost(&mut self, error: &SessionError) {
-        let atom = self.atom();
-        tracing::warn!(conductor = %self.link.id(), source = ?self.source, %error, "subscription lost");
-        self.node.events.emit(Some(self.link.id()), || EventKind::SubscriptionLost {
-            atom,
-            error: error.to_string(),
-        });
+        // Closing in order is no fault to be told of.
+        if !matches!(error, SessionError::Closed) {
+            let atom = self.atom();
+            let conductor = self.link.id();
+            tracing::warn!(%conductor, source = ?self.source, %error, "subscription lost");
+            self.node.events.emit(Some(conductor), || EventKind::SubscriptionLost {
+                atom,
+                error: error.to_string(),
+            });
+        }
         drop(self.tried.take());
         let pause = self.pauses.next().expect("the backoff has no end");
         self.state = State::Pausing(Box::pin(sleep(pause)));

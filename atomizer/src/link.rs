@@ -197,11 +197,12 @@ fn next(pauses: &mut impl Iterator<Item = Duration>) -> Duration {
     pauses.next().expect("the backoff has no end")
 }
 
-/// The pauses between tries: from 50 ms doubling to 1 s, with jitter, without end.
+/// The pauses between tries: from 50 ms doubling, with jitter that adds up to as much again, never more than
+/// 1 s, without end.
 pub(crate) fn backoff() -> impl Iterator<Item = Duration> + Send {
     ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(50))
-        .with_max_delay(Duration::from_secs(1))
+        .with_max_delay(Duration::from_millis(500))
         .with_jitter()
         .without_max_times()
         .build()

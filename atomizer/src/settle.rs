@@ -10,8 +10,11 @@ use tokio::time::sleep;
 
 use crate::{
     Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
-    Payload, Properties, ReplyTo, SendError, SettleError, Ticket, ask::Asker, clock,
+    Payload, Properties, ReplyTo, SendError, SettleError, Ticket, Unreadable,
+    ask::Asker,
+    clock,
     link::SharedSession,
+    wire::{Wire, header},
 };
 
 /// How long to wait before what was not taken is tried again, for the first time; it doubles each time.
@@ -161,14 +164,34 @@ impl Settler {
         self.electron(ticket, electron, clock::now(), Duration::ZERO, Err(failure))
     }
 
-    /// The end of a message that is not an electron: it goes to the dead letters, whole.
+    /// The end of a message that is not an electron: it goes to the dead letters, whole and with the reason.
+    /// Who asks for an answer is told.
     pub(crate) fn unreadable(&self, ticket: Ticket, message: Message) -> Settlement {
-        let reason = match &message {
-            Message::Unreadable(unreadable) => unreadable.reason.clone(),
-            Message::Answer(_) => "an answer in a queue of electrons".to_owned(),
-            Message::Electron(_) => "an electron in a queue of answers".to_owned(),
+        let (message, reason) = match message {
+            Message::Unreadable(unreadable) => {
+                let Unreadable { mut wire, reason } = Arc::unwrap_or_clone(unreadable);
+                let why = serde_json::Value::String(reason.clone());
+                wire.headers.insert(header::UNREADABLE.to_owned(), why);
+                (Message::Unreadable(Arc::new(Unreadable { wire, reason: reason.clone() })), reason)
+            }
+            Message::Answer(_) => (message, "an answer in a queue of electrons".to_owned()),
+            Message::Electron(_) => (message, "an electron in a queue of answers".to_owned()),
         };
-        let emit = vec![Envelope::new(Address::DeadLetter(self.atom.clone()), message)];
+        let mut emit = Vec::new();
+        if let Message::Unreadable(unreadable) = &message
+            && let Some(reply_to) = &unreadable.wire.reply_to
+        {
+            // Its own id cannot be told, so the answer has none that means anything.
+            let mut electron = Electron::new(self.atom.clone(), Payload::bytes(Vec::new()));
+            let Wire { correlation_id, id, .. } = &unreadable.wire;
+            electron.correlation_id = correlation_id.clone().or_else(|| id.clone());
+            let mut failure = Failure::new(FailureKind::Undecodable, reason.clone());
+            failure.node = Some(self.asker.node.id.clone());
+            let answer = Properties::new(&electron, self.asker.node.id.clone(), Err(failure));
+            let to = Address::Reply(ReplyTo::new(reply_to.as_str()));
+            emit.push(Envelope::new(to, answer.into()));
+        }
+        emit.push(Envelope::new(Address::DeadLetter(self.atom.clone()), message));
         (ticket, emit, Ending::new(Subject::Unreadable { reason }))
     }
 

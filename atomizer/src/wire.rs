@@ -55,6 +55,8 @@ pub mod header {
     pub const NODE: &str = "atomizer-node";
     /// When the attempt began: RFC 3339, UTC.
     pub const STARTED_AT: &str = "atomizer-started-at";
+    /// In a dead letter that could not be read: why.
+    pub const UNREADABLE: &str = "atomizer-unreadable";
     /// How long the attempt took, in microseconds.
     pub const DURATION_US: &str = "atomizer-duration-us";
 }

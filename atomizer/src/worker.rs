@@ -158,7 +158,7 @@ impl Worker {
                     next_stage = Stage::Aborting;
                     self.on_drain().await;
                 }
-                Step::Reached(_) => return,
+                Step::Reached(_) => return self.abort(),
             }
         }
     }
@@ -289,6 +289,14 @@ impl Worker {
         self.queued = None;
         self.ready.clear();
         self.intake.stop().await;
+    }
+
+    /// What still runs is given back by being dropped.
+    fn abort(self) {
+        let electrons = self.in_flight.len();
+        if electrons > 0 {
+            tracing::warn!(atom = %self.atom.id, electrons, "aborts what did not stop, and gives it back");
+        }
     }
 
     fn emit(&self, kind: impl FnOnce(AtomId) -> EventKind) {

@@ -23,7 +23,7 @@ use tokio::{
 /// Serves the atoms montecarlo and montecarlo.toss behind a RabbitMQ broker, until SIGTERM or ctrl-c.
 ///
 /// As many agents as you like, on as many machines, share the work. One that is lost costs no electron: what
-/// it had is done by the others. Told to stop, it finishes its batches within 5 s, gives back the rest and
+/// it had is done by the others; a request that it was adding up begins again. Told to stop, it finishes its batches within 5 s, gives back the rest and
 /// leaves; told again, it leaves at once.
 ///
 /// What happens is on stderr; RUST_LOG changes how much of it.

@@ -25,7 +25,8 @@ use tokio::{
 /// Asks the agents behind a RabbitMQ broker for estimates of pi.
 ///
 /// Reads how many points to toss, one number per line, from the terminal or from a pipe, until the end of the
-/// input (ctrl-d). This program tosses nothing itself: start one agent or more.
+/// input (ctrl-d). This program tosses nothing itself: start one agent or more. What it has asked and no longer
+/// waits for is done by the agents all the same.
 ///
 /// Each answer is one line on stdout: pi=.. error=.. tosses=.. electrons=.. seconds=.. tosses_per_s=..
 #[derive(Parser)]

@@ -38,6 +38,8 @@ pub(super) struct Queue {
     pub(super) ready: VecDeque<Stored>,
     /// One bell for each subscription; each is rung for whatever arrives.
     pub(super) subscribers: Vec<Arc<Notify>>,
+    /// Whether it was said that nobody takes from here.
+    pub(super) warned: bool,
     /// Rung when there may be room again.
     pub(super) room: Arc<Notify>,
 }
@@ -89,6 +91,12 @@ impl State {
             let error = SendError::Unroutable(envelope.to.to_string());
             return Err((envelope, error));
         };
+        if let Address::Atom(atom) = &envelope.to
+            && queue.subscribers.is_empty()
+            && !std::mem::replace(&mut queue.warned, true)
+        {
+            tracing::warn!(%atom, "nobody takes these electrons yet; is `.atom(..)` missing?");
+        }
         queue.ready.push_back(Stored { message: envelope.message, redeliveries: 0 });
         queue.ring();
         Ok(())

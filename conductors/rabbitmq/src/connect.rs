@@ -37,7 +37,11 @@ impl Address {
         }
         // The parser's message may quote what it was given, and with it the password.
         let mut uri = AMQPUri::from_str(url)
-            .map_err(|_| refuse("expected amqp://user:password@host:port/vhost".to_owned()))?;
+            .map_err(|_| refuse(
+                "expected amqp://user:password@host:port/vhost; in user and password write / # @ as \
+                 %2F %23 %40"
+                    .to_owned(),
+            ))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT_DEFAULT_S);
         Ok(Self(uri))
     }

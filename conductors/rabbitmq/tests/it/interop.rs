@@ -8,7 +8,7 @@ use lapin::{
         BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
         QueueDeclareOptions,
     },
-    types::FieldTable,
+    types::{AMQPValue, FieldTable},
 };
 
 use crate::support::{blocking, serve, soon, until, vhost};
@@ -52,6 +52,29 @@ async fn a_client_that_knows_nothing_of_atomizer_is_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_asks_what_cannot_be_read_is_told() {
+    let vhost = vhost().await;
+    let atomizer = serve(&vhost.url()).await;
+    let (_connection, channel) = channel(&vhost.url()).await;
+    let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let mine = channel.queue_declare("".into(), options, FieldTable::default()).await.unwrap();
+    let mine = mine.name().clone();
+    let consume = BasicConsumeOptions { no_ack: true, ..Default::default() };
+    let mut answers = channel
+        .basic_consume(mine.clone(), "me".into(), consume, FieldTable::default())
+        .await
+        .unwrap();
+    let asked = BasicProperties::default().with_reply_to(mine).with_message_id("my-id".into());
+    publish(&channel, "21", asked).await;
+    let answer = soon(answers.next()).await.unwrap().unwrap();
+    assert_eq!(answer.properties.correlation_id().as_ref().unwrap().as_str(), "my-id");
+    let failure = String::from_utf8(answer.data).unwrap();
+    assert!(failure.contains("not a valid electron id"), "{failure}");
+    atomizer.drain().await.unwrap();
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_read_goes_to_the_dead_letters_whole() {
     let vhost = vhost().await;
     let atomizer = serve(&vhost.url()).await;
@@ -66,6 +89,11 @@ async fn what_cannot_be_read_goes_to_the_dead_letters_whole() {
     let dead = dead.expect("a dead letter");
     assert_eq!(dead.data, b"from the future");
     assert_eq!(dead.properties.kind().as_ref().unwrap().as_str(), "positron");
+    let headers = dead.properties.headers().as_ref().unwrap().inner();
+    let Some(AMQPValue::LongString(reason)) = headers.get("atomizer-unreadable") else {
+        panic!("it says why: {headers:?}")
+    };
+    assert!(reason.to_string().contains("unknown type"), "{reason}");
     atomizer.drain().await.unwrap();
     blocking(move || drop(vhost)).await;
 }
