@@ -43,6 +43,11 @@ impl Address {
                     .to_owned(),
             ))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT_DEFAULT_S);
+        // By the letter of the AMQP URI specification a slash at the end names the virtual host "", which
+        // nobody has: it means the default one, as with most other clients.
+        if uri.vhost.is_empty() {
+            "/".clone_into(&mut uri.vhost);
+        }
         Ok(Self(uri))
     }
 
@@ -143,6 +148,19 @@ mod tests {
             format!("{address} {address:?}"),
             "amqp://broker:5673/jobs amqp://broker:5673/jobs"
         );
+    }
+
+    #[test]
+    fn a_slash_at_the_end_means_the_default_virtual_host() {
+        for url in [
+            "amqp://broker",
+            "amqp://broker/",
+            "amqp://guest:guest@broker:5672/",
+            "amqp://broker/%2f",
+        ] {
+            assert_eq!(Address::parse(url).unwrap().0.vhost, "/", "{url}");
+        }
+        assert_eq!(Address::parse("amqp://broker/jobs").unwrap().0.vhost, "jobs");
     }
 
     #[test]
