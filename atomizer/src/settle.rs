@@ -63,15 +63,15 @@ impl Ending {
         Self { subject, unclaimed: false, not_settled: None, tries: 0 }
     }
 
-    /// True when it is about an answer that was too large already.
-    fn is_too_large(&self) -> bool {
-        matches!(
-            &self.subject,
-            Subject::Electron {
-                failure: Some(Failure { kind: FailureKind::AnswerTooLarge, .. }),
-                ..
+    /// True when a failure may be answered in place of what was too large. It is all that was emitted then.
+    fn may_be_told(&self) -> bool {
+        match &self.subject {
+            Subject::Electron { failure: Some(failure), .. } => {
+                failure.kind != FailureKind::AnswerTooLarge
             }
-        )
+            Subject::Electron { failure: None, .. } => true,
+            Subject::Unreadable { .. } => false,
+        }
     }
 
     fn next_pause(&self) -> Duration {
@@ -216,14 +216,12 @@ impl Settler {
         let mut emit = Vec::new();
         for (envelope, error) in failed {
             match (&envelope.to, error) {
-                (Address::Reply(_), error @ SendError::TooLarge { .. })
-                    if !ending.is_too_large() =>
-                {
+                (Address::Reply(_), error @ SendError::TooLarge { .. }) if ending.may_be_told() => {
                     let failure = Failure::new(FailureKind::AnswerTooLarge, error.to_string());
                     return self.instead(ticket, ending, failure);
                 }
-                // The asker is gone for good, or can be told nothing at all. An output nobody can receive is finished with; a failure
-                // nobody is told of must not be silent.
+                // The asker is gone for good, or can be told nothing at all. An output nobody can receive is
+                // finished with; a failure nobody is told of must not be silent.
                 (Address::Reply(_), SendError::Unroutable(_) | SendError::TooLarge { .. }) => {
                     ending.unclaimed = true;
                     if let Subject::Electron { electron, failure: Some(failure), .. } =
@@ -245,15 +243,13 @@ impl Settler {
         Verdict::Again { settlement, after }
     }
 
-    /// Answers with a failure in place of an output that cannot be answered.
+    /// Answers with a failure in place of what cannot be answered.
     fn instead(&self, ticket: Ticket, ending: Ending, failure: Failure) -> Verdict {
         let settlement = match ending.subject {
             Subject::Electron { electron, took, started_at, .. } => {
                 self.electron(ticket, electron, started_at, took, Err(failure))
             }
-            subject @ Subject::Unreadable { .. } => {
-                (ticket, Vec::new(), Ending { subject, ..ending })
-            }
+            Subject::Unreadable { .. } => unreachable!("`may_be_told` says so of electrons only"),
         };
         Verdict::Again { settlement, after: Duration::ZERO }
     }

@@ -6,6 +6,13 @@ use atomizer::{CallError, EventKind, prelude::*};
 
 use crate::atoms::{Gated, Obedient, Order, started, until};
 
+/// A node that lets one electron through.
+async fn willing(memory: Memory) -> Atomizer {
+    let gated = Gated::new(Options::default());
+    gated.open(1);
+    Atomizer::builder().conductor(memory).atom(gated).start().await.unwrap()
+}
+
 #[tokio::test]
 async fn draining_finishes_what_runs_and_gives_back_the_rest() {
     let memory = Memory::new();
@@ -27,9 +34,7 @@ async fn draining_finishes_what_runs_and_gives_back_the_rest() {
     drained.unwrap();
     assert_eq!(first.await.unwrap().unwrap(), 1, "it was finished");
     assert!(!second.is_finished());
-    let taking_over = Gated::new(Options::default());
-    taking_over.open(1);
-    let other = Atomizer::builder().conductor(memory).atom(taking_over).start().await.unwrap();
+    let other = willing(memory).await;
     assert_eq!(second.await.unwrap().unwrap(), 2, "another node ran it");
     other.drain().await.unwrap();
 }
@@ -71,9 +76,7 @@ async fn what_does_not_stop_is_aborted_and_runs_elsewhere() {
     for stage in ["draining", "cancelling", "aborting", "stopped"] {
         until(&mut events, |kind| kind.to_string() == stage).await;
     }
-    let willing = Gated::new(Options::default());
-    willing.open(1);
-    let other = Atomizer::builder().conductor(memory).atom(willing).start().await.unwrap();
+    let other = willing(memory).await;
     assert_eq!(call.await.unwrap().unwrap(), 7);
     other.drain().await.unwrap();
 }
@@ -89,9 +92,7 @@ async fn a_node_whose_last_handle_is_dropped_gives_everything_back() {
     let call = tokio::task::spawn(asker.call::<Gated>(7).into_future());
     until(&mut events, started).await;
     drop(dropped);
-    let willing = Gated::new(Options::default());
-    willing.open(1);
-    let other = Atomizer::builder().conductor(memory).atom(willing).start().await.unwrap();
+    let other = willing(memory).await;
     assert_eq!(call.await.unwrap().unwrap(), 7);
     other.drain().await.unwrap();
 }

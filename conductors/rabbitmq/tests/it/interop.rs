@@ -3,12 +3,9 @@
 use atomizer::EventKind;
 use futures::StreamExt;
 use lapin::{
-    BasicProperties, Channel, Connection, ConnectionProperties,
-    options::{
-        BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
-        QueueDeclareOptions,
-    },
-    types::{AMQPValue, FieldTable},
+    BasicProperties, Channel, Connection, ConnectionProperties, Consumer,
+    options::{BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable, ShortString},
 };
 
 use crate::support::{blocking, serve, soon, until, vhost};
@@ -28,25 +25,28 @@ async fn publish(channel: &Channel, body: &str, properties: BasicProperties) {
         .unwrap();
 }
 
+/// A queue as any client makes one for its answers.
+async fn own_queue(channel: &Channel) -> (ShortString, Consumer) {
+    let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let queue = channel.queue_declare("".into(), options, FieldTable::default()).await.unwrap();
+    let name = queue.name().clone();
+    let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
+    let consuming =
+        channel.basic_consume(name.clone(), "me".into(), options, FieldTable::default());
+    (name, consuming.await.unwrap())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_knows_nothing_of_atomizer_is_answered() {
     let vhost = vhost().await;
     let atomizer = serve(&vhost.url()).await;
     let (_connection, channel) = channel(&vhost.url()).await;
-    let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    let mine = channel.queue_declare("".into(), options, FieldTable::default()).await.unwrap();
-    let mine = mine.name().clone();
-    let consume = BasicConsumeOptions::default();
-    let mut answers = channel
-        .basic_consume(mine.clone(), "me".into(), consume, FieldTable::default())
-        .await
-        .unwrap();
+    let (mine, mut answers) = own_queue(&channel).await;
     let asked = BasicProperties::default().with_reply_to(mine).with_correlation_id("17".into());
     publish(&channel, "21", asked).await;
     let answer = soon(answers.next()).await.unwrap().unwrap();
     assert_eq!(answer.data, b"42");
     assert_eq!(answer.properties.correlation_id().as_ref().unwrap().as_str(), "17");
-    answer.acker.ack(BasicAckOptions::default()).await.unwrap();
     atomizer.drain().await.unwrap();
     blocking(move || drop(vhost)).await;
 }
@@ -56,14 +56,7 @@ async fn who_asks_what_cannot_be_read_is_told() {
     let vhost = vhost().await;
     let atomizer = serve(&vhost.url()).await;
     let (_connection, channel) = channel(&vhost.url()).await;
-    let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    let mine = channel.queue_declare("".into(), options, FieldTable::default()).await.unwrap();
-    let mine = mine.name().clone();
-    let consume = BasicConsumeOptions { no_ack: true, ..Default::default() };
-    let mut answers = channel
-        .basic_consume(mine.clone(), "me".into(), consume, FieldTable::default())
-        .await
-        .unwrap();
+    let (mine, mut answers) = own_queue(&channel).await;
     let asked = BasicProperties::default().with_reply_to(mine).with_message_id("my-id".into());
     publish(&channel, "21", asked).await;
     let answer = soon(answers.next()).await.unwrap().unwrap();
