@@ -1,8 +1,8 @@
 //! Hands the answers a node receives to whoever asked.
 
-use std::num::NonZeroUsize;
+use std::{num::NonZeroUsize, time::Duration};
 
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::sleep};
 
 use crate::{
     AtomId, Delivery, Message, Outcome, SettleError, Source,
@@ -13,6 +13,9 @@ use crate::{
 
 /// How many answers may be delivered and not settled.
 const WINDOW: NonZeroUsize = NonZeroUsize::new(1024).expect("not 0");
+
+/// How long to wait before messages that could not be set aside come again.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// In whose name messages that are no answers go to the dead letters.
 const INBOX: AtomId = AtomId::from_static("inbox");
@@ -40,16 +43,13 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
             batch.push((ticket, Outcome::done(Vec::new())));
         }
         if let Some(session) = intake.session() {
-            let settled = session.settle(batch).await;
-            let not_safe = settled.into_iter().filter_map(|result| match result {
-                Err(SettleError::NotSafe { ticket, failed }) => Some((ticket, failed)),
-                // Settled, or it comes again, and finds that nobody waits for it.
-                _ => None,
-            });
-            for (ticket, failed) in not_safe {
-                // No answer, and not to be set aside either. Given back it would come again at once.
-                tracing::error!(?failed, "dropped a message from the inbox that is no answer");
-                drop(session.settle(vec![(ticket, Outcome::done(Vec::new()))]).await);
+            // What is settled is done with; the rest comes again, and finds that nobody waits for it.
+            let mut settled = session.settle(batch).await;
+            settled.retain(|result| matches!(result, Err(SettleError::NotSafe { .. })));
+            if !settled.is_empty() {
+                tracing::warn!(?settled, "messages that are no answers cannot be set aside now");
+                // With these results their tickets are given back. Without a pause that would be a hot loop.
+                sleep(TRY_AGAIN_AFTER).await;
             }
         }
     }
