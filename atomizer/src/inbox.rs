@@ -47,7 +47,8 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
             let mut settled = session.settle(batch).await;
             settled.retain(|result| matches!(result, Err(SettleError::NotSafe { .. })));
             if !settled.is_empty() {
-                tracing::warn!(?settled, "messages that are no answers cannot be set aside now");
+                let messages = settled.len();
+                tracing::warn!(messages, "messages that are no answers cannot be set aside now");
                 // With these results their tickets are given back. Without a pause that would be a hot loop.
                 sleep(TRY_AGAIN_AFTER).await;
             }

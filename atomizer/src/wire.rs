@@ -4,7 +4,12 @@
 //! of a `Wire` by its own means. `docs/wire.md` is the reference; the golden vectors in the tests of this
 //! module hold it still.
 
-use std::{fmt::Display, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt::{self, Display},
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use serde_json::Value;
@@ -65,7 +70,7 @@ const STATUS_OK: &str = "ok";
 const STATUS_FAILED: &str = "failed";
 
 /// A message in parts that any carrier of headers and bytes can move.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Wire {
     /// [`ELECTRON`] or [`ANSWER`]; absent means an electron.
@@ -82,6 +87,18 @@ pub struct Wire {
     pub headers: Extra,
     /// The payload, as it is.
     pub body: Bytes,
+}
+
+impl fmt::Debug for Wire {
+    /// Shows the length of the body only: it may be large or secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wire")
+            .field("kind", &self.kind)
+            .field("id", &self.id)
+            .field("headers", &self.headers)
+            .field("body_bytes", &self.body.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Wire {
