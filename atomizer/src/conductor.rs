@@ -13,12 +13,12 @@
 //! Whoever writes a conductor runs the tests of `atomizer-conformance` against it: they are the contract,
 //! and the docs here are its prose.
 
-use std::{fmt, num::NonZeroUsize, sync::Arc};
+use std::{fmt, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::{AtomId, ConductorId, Message, NodeId, ReplyTo};
+use crate::{AtomId, ConductorId, Electron, Message, NodeId, ReplyTo};
 
 /// Carries electrons and answers: a description such as a URL and options.
 ///
@@ -86,6 +86,28 @@ pub trait Session: fmt::Debug + Send + Sync + 'static {
     /// the results are lost.
     async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>>;
 
+    /// Holds a delivery on, changed: the new form is made safe, then the old one is removed.
+    ///
+    /// From then on it is held for as long as the session lives, and no longer counts against the window it
+    /// came through. When it is given back (its new ticket is dropped, or the session ends) it goes, as it was
+    /// changed, to the queue of its atom, and counts as delivered before.
+    ///
+    /// # Errors
+    /// [`SettleError`]: as in settling. With [`SettleError::NotSafe`] the old ticket is still good.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the delivery in one form or the other, and gives it back.
+    async fn park(&self, ticket: Ticket, changed: Arc<Electron>) -> Result<Ticket, SettleError>;
+
+    /// Counts what waits in the queue of an atom, and who takes from it.
+    ///
+    /// # Errors
+    /// [`SessionError`] when the session has ended, or cannot tell.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    async fn census(&self, atom: &AtomId) -> Result<Census, SessionError>;
+
     /// Waits until the session has ended, and says why.
     ///
     /// # Cancel safety
@@ -136,13 +158,40 @@ pub enum Source {
 pub struct Limits {
     /// The longest payload, in bytes.
     pub payload_bytes_max: usize,
+    /// The longest [delay](Envelope::delay). Longer ones are waited out before sending.
+    pub delay_max: Duration,
 }
 
 impl Limits {
-    /// Makes limits with the longest payload in bytes.
+    /// Makes limits with the longest payload in bytes, and no delays.
     #[must_use]
     pub fn new(payload_bytes_max: usize) -> Self {
-        Self { payload_bytes_max }
+        Self { payload_bytes_max, delay_max: Duration::ZERO }
+    }
+
+    /// Sets the longest delay.
+    #[must_use]
+    pub fn delay_max(mut self, delay_max: Duration) -> Self {
+        self.delay_max = delay_max;
+        self
+    }
+}
+
+/// What there is at the queue of an atom, at some moment not long ago.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Census {
+    /// How many electrons wait.
+    pub ready: u64,
+    /// How many subscriptions take from it, this session's own included.
+    pub subscribers: u64,
+}
+
+impl Census {
+    /// Puts a census together; for conductors.
+    #[must_use]
+    pub fn new(ready: u64, subscribers: u64) -> Self {
+        Self { ready, subscribers }
     }
 }
 
@@ -154,6 +203,8 @@ pub struct Delivery {
     pub message: Message,
     /// How often it was delivered before, as far as the conductor knows.
     pub redeliveries: u32,
+    /// How long it has waited since it was first sent, as far as the conductor knows: zero where it does not.
+    pub waited: Duration,
     /// Its key for [`Session::settle`].
     pub ticket: Ticket,
 }
@@ -162,7 +213,14 @@ impl Delivery {
     /// Puts a delivery together; for conductors.
     #[must_use]
     pub fn new(message: Message, redeliveries: u32, ticket: Ticket) -> Self {
-        Self { message, redeliveries, ticket }
+        Self { message, redeliveries, waited: Duration::ZERO, ticket }
+    }
+
+    /// Says how long it has waited since it was sent.
+    #[must_use]
+    pub fn waited(mut self, waited: Duration) -> Self {
+        self.waited = waited;
+        self
     }
 }
 
@@ -258,6 +316,10 @@ pub enum Outcome {
         /// What must be safe first.
         emit: Vec<Envelope>,
     },
+    /// It is removed before the work begins, and nothing brings it back: work that is to be done at most once.
+    /// `Ok` says that the removal is carried out, not only sent.
+    #[non_exhaustive]
+    Take {},
     /// It goes back as it was, for anyone.
     #[non_exhaustive]
     Release {},
@@ -268,6 +330,12 @@ impl Outcome {
     #[must_use]
     pub fn done(emit: Vec<Envelope>) -> Self {
         Self::Done { emit }
+    }
+
+    /// Removes a delivery for good.
+    #[must_use]
+    pub fn take() -> Self {
+        Self::Take {}
     }
 
     /// Gives a delivery back.
@@ -283,6 +351,8 @@ impl Outcome {
 pub struct Envelope {
     /// Where it goes.
     pub to: Address,
+    /// How long it is kept back before it is delivered, at most [`Limits::delay_max`].
+    pub delay: Duration,
     /// What goes there.
     pub message: Message,
 }
@@ -291,7 +361,14 @@ impl Envelope {
     /// Puts an envelope together.
     #[must_use]
     pub fn new(to: Address, message: Message) -> Self {
-        Self { to, message }
+        Self { to, delay: Duration::ZERO, message }
+    }
+
+    /// Keeps it back for so long before it is delivered.
+    #[must_use]
+    pub fn after(mut self, delay: Duration) -> Self {
+        self.delay = delay;
+        self
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use crate::{AtomId, ElectronId, Failure, NodeId, Properties, ReplyTo, wire::Wire};
+use crate::{AtomId, ElectronId, Failure, NodeId, Policy, Properties, ReplyTo, wire::Wire};
 
 /// Anything a conductor carries. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -49,17 +49,29 @@ pub struct Electron {
     pub sender: Option<NodeId>,
     /// The electron that spawned it.
     pub parent: Option<Parent>,
+    /// What follows a failure; none leaves it to the atom, and then to the node.
+    pub policy: Option<Policy>,
     /// Attempts that have failed so far.
     pub attempts: u32,
+    /// Starts under suspicion so far: of an electron that was delivered before and may be what ended its node.
+    pub lives: u32,
+    /// How often it was handed on untried: given back by its atom, or avoiding the node that failed it.
+    pub passes: u32,
     /// How long one attempt may run; none leaves it to the atom.
     pub time_limit: Option<Duration>,
-    /// How earlier attempts failed, oldest first.
+    /// How long anyone wants it, counted from when it was sent. After that it is not begun, and not gone on
+    /// with.
+    pub deadline: Option<Duration>,
+    /// How earlier attempts failed, oldest first: the first and the last [`Electron::HISTORY_HALF`].
     pub history: Vec<Failure>,
     /// Headers this version does not know, such as `traceparent`; they travel on unchanged.
     pub extra: Extra,
 }
 
 impl Electron {
+    /// How many of the first failures are kept in the history, and how many of the last.
+    pub const HISTORY_HALF: usize = 8;
+
     /// Makes an electron with a fresh id that nobody waits for.
     #[must_use]
     pub fn new(atom: AtomId, payload: Payload) -> Self {
@@ -77,11 +89,23 @@ impl Electron {
             correlation_id: None,
             sender: None,
             parent: None,
+            policy: None,
             attempts: 0,
+            lives: 0,
+            passes: 0,
             time_limit: None,
+            deadline: None,
             history: Vec::new(),
             extra: Extra::new(),
         }
+    }
+
+    /// Adds to the history; what is neither among the first nor the last is forgotten.
+    pub(crate) fn remember(&mut self, failure: Failure) {
+        if self.history.len() >= 2 * Self::HISTORY_HALF {
+            self.history.remove(Self::HISTORY_HALF);
+        }
+        self.history.push(failure);
     }
 }
 

@@ -54,6 +54,7 @@ mod intake;
 mod link;
 mod memory;
 mod node;
+mod policy;
 mod properties;
 mod run;
 mod runtime;
@@ -65,8 +66,8 @@ pub use ask::{Call, CallError};
 pub use atom::{Atom, Kind, Options, RawAtom};
 pub use builder::{Builder, StartError};
 pub use conductor::{
-    Address, Conductor, Delivery, Envelope, Epoch, Limits, OpenError, Outcome, Release, SendError,
-    Session, SessionError, SettleError, Source, Subscription, Ticket,
+    Address, Census, Conductor, Delivery, Envelope, Epoch, Limits, OpenError, Outcome, Release,
+    SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
 };
 pub use context::Context;
 pub use electron::{ContentType, Electron, Extra, Message, Parent, Payload, Unreadable};
@@ -75,10 +76,13 @@ pub use event::{Event, EventKind, EventStream, Missed};
 pub use fan_out::{ChildError, FanOut};
 pub use id::{AtomId, ConductorId, ElectronId, InvalidId, NodeId, ReplyTo};
 pub use memory::Memory;
+pub use policy::{Backoff, Policy};
 pub use properties::{Failure, FailureKind, Properties};
 pub use runtime::{Atomizer, NodeError};
 
 /// What nearly every program needs.
 pub mod prelude {
-    pub use crate::{Atom, AtomError, Atomizer, Context, Kind, Memory, Options, Result};
+    pub use crate::{
+        Atom, AtomError, Atomizer, Backoff, Context, Kind, Memory, Options, Policy, Result,
+    };
 }

@@ -6,6 +6,7 @@ mod session;
 use std::{
     fmt,
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -41,7 +42,7 @@ impl Memory {
         Self {
             id: ConductorId::from_static("memory"),
             broker: Arc::default(),
-            limits: Limits::new(Self::PAYLOAD_BYTES_MAX),
+            limits: Limits::new(Self::PAYLOAD_BYTES_MAX).delay_max(Duration::MAX),
         }
     }
 

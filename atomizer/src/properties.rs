@@ -71,13 +71,17 @@ impl Failure {
     /// Makes a failure that says neither node nor attempt yet.
     #[must_use]
     pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        let mut message = message.into();
-        if message.len() > Self::MESSAGE_BYTES_MAX {
-            let cut = message.floor_char_boundary(Self::MESSAGE_BYTES_MAX - '…'.len_utf8());
-            message.truncate(cut);
-            message.push('…');
+        let mut failure = Self { kind, message: message.into(), node: None, attempt: 0 };
+        failure.cut(Self::MESSAGE_BYTES_MAX);
+        failure
+    }
+
+    pub(crate) fn cut(&mut self, message_bytes_max: usize) {
+        if self.message.len() > message_bytes_max {
+            let kept = message_bytes_max.saturating_sub('…'.len_utf8());
+            self.message.truncate(self.message.floor_char_boundary(kept));
+            self.message.push('…');
         }
-        Self { kind, message, node: None, attempt: 0 }
     }
 }
 
@@ -110,6 +114,12 @@ pub enum FailureKind {
     UnknownAtom,
     /// The answer is larger than the conductor carries.
     AnswerTooLarge,
+    /// Nobody wants it any more: its deadline is over.
+    Expired,
+    /// The atom gave it back, for another node to try.
+    GivenBack,
+    /// It was being worked on each time when its node was lost, too often to try again.
+    Killer,
     /// A sort that a later version knows.
     #[serde(other)]
     Other,
@@ -124,6 +134,9 @@ impl fmt::Display for FailureKind {
             Self::Undecodable => "undecodable payload",
             Self::UnknownAtom => "unknown atom",
             Self::AnswerTooLarge => "answer too large",
+            Self::Expired => "expired",
+            Self::GivenBack => "given back",
+            Self::Killer => "killer electron",
             Self::Other => "failure",
         })
     }

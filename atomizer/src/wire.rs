@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::{
@@ -48,8 +49,16 @@ pub mod header {
     pub const INDEX: &str = "atomizer-index";
     /// Attempts failed so far (electron), or which attempt answers, counted from 1 (answer).
     pub const ATTEMPT: &str = "atomizer-attempt";
+    /// Starts under suspicion so far.
+    pub const LIVES: &str = "atomizer-lives";
+    /// How often it was handed on untried.
+    pub const PASSES: &str = "atomizer-passes";
+    /// What follows a failure: a JSON object.
+    pub const POLICY: &str = "atomizer-policy";
     /// How long one attempt may run, in milliseconds.
     pub const TIME_LIMIT_MS: &str = "atomizer-time-limit-ms";
+    /// How long anyone wants it, in milliseconds, counted from when it was sent.
+    pub const DEADLINE_MS: &str = "atomizer-deadline-ms";
     /// How earlier attempts failed: a JSON array, oldest first.
     pub const HISTORY: &str = "atomizer-history";
     /// The electron that an answer is about.
@@ -132,6 +141,11 @@ impl Wire {
         }
     }
 
+    fn take_json<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, String> {
+        let Some(json) = self.take::<String>(name)? else { return Ok(None) };
+        serde_json::from_str(&json).map(Some).map_err(|error| format!("{name}: {error}"))
+    }
+
     fn require<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<T, String> {
         self.take(name)?.ok_or_else(|| format!("header {name} is missing"))
     }
@@ -173,15 +187,49 @@ fn encode_electron(electron: Electron) -> Wire {
     if electron.attempts > 0 {
         wire.set(header::ATTEMPT, electron.attempts);
     }
+    if electron.lives > 0 {
+        wire.set(header::LIVES, electron.lives);
+    }
+    if electron.passes > 0 {
+        wire.set(header::PASSES, electron.passes);
+    }
+    if let Some(policy) = electron.policy {
+        let policy = serde_json::to_string(&policy).expect("a policy is plain data");
+        wire.set(header::POLICY, policy);
+    }
     if let Some(limit) = electron.time_limit {
         // A limit below a millisecond must not become none at all.
-        wire.set(header::TIME_LIMIT_MS, limit.as_millis().max(1));
+        wire.set(header::TIME_LIMIT_MS, milliseconds(limit).max(1));
+    }
+    if let Some(deadline) = electron.deadline {
+        wire.set(header::DEADLINE_MS, milliseconds(deadline));
     }
     if !electron.history.is_empty() {
-        let history = serde_json::to_string(&electron.history).expect("failures are plain data");
-        wire.set(header::HISTORY, history);
+        wire.set(header::HISTORY, history(electron.history));
     }
     wire
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What the history may take of [`METADATA_BYTES_MAX`].
+const HISTORY_BYTES_MAX: usize = 12 * 1024;
+
+/// The history as JSON. When it is too long its messages are cut, all to the same length.
+fn history(mut failures: Vec<Failure>) -> String {
+    let mut message_bytes_max = Failure::MESSAGE_BYTES_MAX;
+    loop {
+        let json = serde_json::to_string(&failures).expect("failures are plain data");
+        if json.len() <= HISTORY_BYTES_MAX || message_bytes_max < 8 {
+            return json;
+        }
+        message_bytes_max /= 2;
+        for failure in &mut failures {
+            failure.cut(message_bytes_max);
+        }
+    }
 }
 
 fn encode_answer(properties: Properties) -> Wire {
@@ -252,10 +300,8 @@ fn decode_electron(mut wire: Wire, queue: Option<&AtomId>) -> Result<Electron, S
     };
     let index = wire.take(header::INDEX)?.unwrap_or(0);
     let parent = wire.take(header::PARENT)?.map(|id| Parent { id, index });
-    let history = match wire.take::<String>(header::HISTORY)? {
-        Some(history) => serde_json::from_str(&history).map_err(|error| error.to_string())?,
-        None => Vec::new(),
-    };
+    let history = wire.take_json(header::HISTORY)?.unwrap_or_default();
+    let policy = wire.take_json(header::POLICY)?;
     Ok(Electron {
         id,
         atom,
@@ -263,8 +309,12 @@ fn decode_electron(mut wire: Wire, queue: Option<&AtomId>) -> Result<Electron, S
         correlation_id: wire.correlation_id.take(),
         sender,
         parent,
+        policy,
         attempts: wire.take(header::ATTEMPT)?.unwrap_or(0),
+        lives: wire.take(header::LIVES)?.unwrap_or(0),
+        passes: wire.take(header::PASSES)?.unwrap_or(0),
         time_limit: wire.take(header::TIME_LIMIT_MS)?.map(Duration::from_millis),
+        deadline: wire.take(header::DEADLINE_MS)?.map(Duration::from_millis),
         history,
         payload: payload(wire.content_type.as_deref(), wire.body),
         extra: wire.headers,

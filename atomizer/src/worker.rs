@@ -178,7 +178,7 @@ impl Worker {
 
     fn on_deliveries(&mut self, deliveries: Vec<Delivery>) {
         let mut unfit = Vec::new();
-        for Delivery { message, redeliveries, ticket } in deliveries {
+        for Delivery { message, redeliveries, ticket, .. } in deliveries {
             let electron = match message {
                 Message::Electron(electron) => electron,
                 other => {

@@ -1,12 +1,13 @@
 //! The queues of one world, shared by all sessions in it.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
 use rustc_hash::FxHashMap;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 use super::session::MemorySession;
 use crate::{Address, AtomId, Envelope, Limits, Message, ReplyTo, SendError};
@@ -36,6 +37,9 @@ pub(super) enum QueueName {
 #[derive(Default)]
 pub(super) struct Queue {
     pub(super) ready: VecDeque<Stored>,
+    /// Kept back until then; whoever takes from here looks for what is due.
+    pub(super) delayed: BTreeMap<(Instant, u64), Stored>,
+    delays: u64,
     /// One bell for each subscription; each is rung for whatever arrives.
     pub(super) subscribers: Vec<Arc<Notify>>,
     /// Whether it was said that nobody takes from here.
@@ -47,12 +51,49 @@ pub(super) struct Queue {
 pub(super) struct Stored {
     pub(super) message: Message,
     pub(super) redeliveries: u32,
+    /// Since when it has waited for its first delivery.
+    pub(super) since: Instant,
+}
+
+impl Stored {
+    fn new(message: Message) -> Self {
+        Self { message, redeliveries: 0, since: Instant::now() }
+    }
 }
 
 impl Queue {
     pub(super) fn ring(&self) {
         for bell in &self.subscribers {
             bell.notify_one();
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.ready.len() + self.delayed.len()
+    }
+
+    fn put(&mut self, stored: Stored, delay: Duration) {
+        // A delay beyond what the clock can tell never ends; there is none so long in practice.
+        let due = (!delay.is_zero()).then(|| stored.since.checked_add(delay)).flatten();
+        match due {
+            Some(due) => {
+                self.delays += 1;
+                self.delayed.insert((due, self.delays), stored);
+            }
+            None => self.ready.push_back(stored),
+        }
+        self.ring();
+    }
+
+    /// Makes ready what is due, and returns when there will be more.
+    pub(super) fn ripen(&mut self) -> Option<Instant> {
+        loop {
+            let entry = self.delayed.first_entry()?;
+            let due = entry.key().0;
+            if due > Instant::now() {
+                return Some(due);
+            }
+            self.ready.push_back(entry.remove());
         }
     }
 }
@@ -97,13 +138,12 @@ impl State {
         {
             tracing::warn!(%atom, "nobody takes these electrons yet; is `.atom(..)` missing?");
         }
-        queue.ready.push_back(Stored { message: envelope.message, redeliveries: 0 });
-        queue.ring();
+        queue.put(Stored::new(envelope.message), envelope.delay);
         Ok(())
     }
 }
 
-fn check_size(message: &Message, limits: Limits) -> Result<(), SendError> {
+pub(super) fn check_size(message: &Message, limits: Limits) -> Result<(), SendError> {
     let bytes = match message {
         Message::Electron(electron) => electron.payload.body.len(),
         Message::Answer(answer) => answer.outcome.as_ref().map_or(0, |payload| payload.body.len()),

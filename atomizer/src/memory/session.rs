@@ -8,15 +8,18 @@ use std::{
 
 use async_trait::async_trait;
 use rustc_hash::FxHashMap;
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep_until},
+};
 
 use super::{
     Memory,
-    queues::{Broker, QueueName, Stored},
+    queues::{Broker, QueueName, Stored, check_size},
 };
 use crate::{
-    Delivery, Envelope, Epoch, Limits, Outcome, Release, ReplyTo, SendError, Session, SessionError,
-    SettleError, Source, Subscription, Ticket,
+    Address, AtomId, Census, Delivery, Electron, Envelope, Epoch, Limits, Message, Outcome,
+    Release, ReplyTo, SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
 };
 
 pub(super) struct MemorySession {
@@ -48,7 +51,28 @@ struct Lane {
 struct Held {
     next_key: u64,
     by_key: FxHashMap<u64, Stored>,
+    /// Those of them that no longer count against the window.
+    parked: usize,
     ended: Option<SessionError>,
+}
+
+/// The highest bit of a key says that the delivery is parked.
+const PARKED: u64 = 1 << 63;
+
+impl Held {
+    fn insert(&mut self, stored: Stored, parked: u64) -> u64 {
+        let key = self.next_key | parked;
+        self.next_key += 1;
+        self.parked += usize::from(parked != 0);
+        self.by_key.insert(key, stored);
+        key
+    }
+
+    fn remove(&mut self, key: u64) -> Option<Stored> {
+        let stored = self.by_key.remove(&key)?;
+        self.parked -= usize::from(key & PARKED != 0);
+        Some(stored)
+    }
 }
 
 impl Lanes {
@@ -64,7 +88,7 @@ impl Lanes {
 impl Release for Lanes {
     fn release(&self, channel: u32, key: u64) {
         if let Some(lane) = self.get(channel) {
-            let stored = lane.lock().by_key.remove(&key);
+            let stored = lane.lock().remove(key);
             lane.put_back(stored);
         }
     }
@@ -99,6 +123,7 @@ impl Lane {
         let mut held = self.lock();
         held.ended.get_or_insert_with(|| error.clone());
         let mut stored: Vec<_> = held.by_key.drain().collect();
+        held.parked = 0;
         drop(held);
         self.leave();
         stored.sort_unstable_by_key(|(key, _)| std::cmp::Reverse(*key));
@@ -148,22 +173,26 @@ impl MemorySession {
                 dropped.push(ticket);
                 return Err(SettleError::Stale);
             }
-            let Outcome::Done { emit, .. } = outcome else {
-                dropped.push(ticket);
-                return Ok(());
+            let emit = match outcome {
+                Outcome::Done { emit, .. } => emit,
+                Outcome::Take {} => Vec::new(),
+                Outcome::Release {} => {
+                    dropped.push(ticket);
+                    return Ok(());
+                }
             };
             let (channel, key) = ticket.take();
             let lane = lanes.get(channel as usize).ok_or(SettleError::Stale)?;
             let mut held = lane.lock();
             // Gone when the session has ended: it is on its way to someone else.
-            let stored = held.by_key.remove(&key).ok_or(SettleError::Stale)?;
+            let stored = held.remove(key).ok_or(SettleError::Stale)?;
             let put = |envelope| broker.put(envelope, self.limits).err();
             let failed: Vec<_> = emit.into_iter().filter_map(put).collect();
             if failed.is_empty() {
                 lane.bell.notify_one();
                 return Ok(());
             }
-            held.by_key.insert(key, stored);
+            let key = held.insert(stored, key & PARKED);
             let ticket = Ticket::new(self.epoch, channel, key, self.release());
             Err(SettleError::NotSafe { ticket, failed })
         };
@@ -183,7 +212,7 @@ impl MemorySession {
                 let mut broker = self.broker.lock();
                 match broker.queue(&envelope.to) {
                     // Made under the lock: it hears of whatever is taken out from here on.
-                    Some(queue) if queue.ready.len() >= Memory::QUEUE_LENGTH_MAX => {
+                    Some(queue) if queue.len() >= Memory::QUEUE_LENGTH_MAX => {
                         Arc::clone(&queue.room).notified_owned()
                     }
                     _ => {
@@ -262,6 +291,36 @@ impl Session for MemorySession {
         results
     }
 
+    async fn park(&self, ticket: Ticket, changed: Arc<Electron>) -> Result<Ticket, SettleError> {
+        if ticket.epoch() != self.epoch {
+            return Err(SettleError::Stale);
+        }
+        let lane = self.lanes.get(ticket.channel()).ok_or(SettleError::Stale)?;
+        let to = Address::Atom(changed.atom.clone());
+        let changed = Message::Electron(changed);
+        if let Err(error) = check_size(&changed, self.limits) {
+            let failed = vec![(Envelope::new(to, changed), error)];
+            return Err(SettleError::NotSafe { ticket, failed });
+        }
+        let (channel, key) = ticket.take();
+        let key = {
+            let mut held = lane.lock();
+            let stored = held.remove(key).ok_or(SettleError::Stale)?;
+            held.insert(Stored { message: changed, ..stored }, PARKED)
+        };
+        lane.bell.notify_one();
+        Ok(Ticket::new(self.epoch, channel, key, self.release()))
+    }
+
+    async fn census(&self, atom: &AtomId) -> Result<Census, SessionError> {
+        self.check_open()?;
+        let broker = self.broker.lock();
+        let queue = broker.queues.get(&QueueName::Atom(atom.clone()));
+        Ok(queue.map_or(Census::new(0, 0), |queue| {
+            Census::new(queue.ready.len() as u64, queue.subscribers.len() as u64)
+        }))
+    }
+
     async fn ended(&self) -> SessionError {
         let mut ended = self.ended.subscribe();
         let error = ended.wait_for(Option::is_some).await.ok().and_then(|error| error.clone());
@@ -294,7 +353,11 @@ struct MemorySubscription {
 }
 
 impl MemorySubscription {
-    fn try_next(&self, max: NonZeroUsize) -> Result<Vec<Delivery>, SessionError> {
+    /// Returns what is ready, or when something kept back will be.
+    fn try_next(
+        &self,
+        max: NonZeroUsize,
+    ) -> Result<Result<Vec<Delivery>, Option<Instant>>, SessionError> {
         // Both locks at once, queue before lane, so that nothing is in neither when the session ends.
         let mut broker = self.lane.broker.lock();
         let mut held = self.lane.lock();
@@ -302,23 +365,27 @@ impl MemorySubscription {
             return Err(error.clone());
         }
         let Some(queue) = broker.queues.get_mut(&self.lane.queue) else {
-            return Ok(Vec::new());
+            return Ok(Err(None));
         };
-        let free = self.lane.window.saturating_sub(held.by_key.len());
+        let due = queue.ripen();
+        let free = self.lane.window.saturating_sub(held.by_key.len() - held.parked);
         let count = max.get().min(free).min(queue.ready.len());
+        if count == 0 {
+            return Ok(Err(due));
+        }
         let mut deliveries = Vec::with_capacity(count);
+        let now = Instant::now();
         for stored in queue.ready.drain(..count) {
-            let key = held.next_key;
-            held.next_key += 1;
+            let (message, redeliveries, since) =
+                (stored.message.clone(), stored.redeliveries, stored.since);
+            let key = held.insert(stored, 0);
             let lanes: Arc<dyn Release> = Arc::clone(&self.lanes) as _;
             let ticket = Ticket::new(self.epoch, self.channel, key, lanes);
-            deliveries.push(Delivery::new(stored.message.clone(), stored.redeliveries, ticket));
-            held.by_key.insert(key, stored);
+            let delivery = Delivery::new(message, redeliveries, ticket);
+            deliveries.push(delivery.waited(now.saturating_duration_since(since)));
         }
-        if count > 0 {
-            queue.room.notify_waiters();
-        }
-        Ok(deliveries)
+        queue.room.notify_waiters();
+        Ok(Ok(deliveries))
     }
 }
 
@@ -326,11 +393,18 @@ impl MemorySubscription {
 impl Subscription for MemorySubscription {
     async fn next(&mut self, max: NonZeroUsize) -> Result<Vec<Delivery>, SessionError> {
         loop {
-            let deliveries = self.try_next(max)?;
-            if !deliveries.is_empty() {
-                return Ok(deliveries);
+            let due = match self.try_next(max)? {
+                Ok(deliveries) => return Ok(deliveries),
+                Err(due) => due,
+            };
+            let rung = self.lane.bell.notified();
+            match due {
+                Some(due) => tokio::select! {
+                    () = rung => {}
+                    () = sleep_until(due) => {}
+                },
+                None => rung.await,
             }
-            self.lane.bell.notified().await;
         }
     }
 

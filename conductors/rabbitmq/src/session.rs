@@ -10,8 +10,8 @@ use std::{
 
 use async_trait::async_trait;
 use atomizer::{
-    Address as To, AtomId, Envelope, Epoch, Limits, NodeId, OpenError, Outcome, ReplyTo, SendError,
-    Session, SessionError, SettleError, Source, Subscription, Ticket,
+    Address as To, AtomId, Census, Electron, Envelope, Epoch, Limits, Message, NodeId, OpenError,
+    Outcome, ReplyTo, SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
 };
 use futures::future::join_all;
 use lapin::{
@@ -202,10 +202,14 @@ impl RabbitSession {
             return Err(SettleError::Stale);
         }
         let (done, settled) = oneshot::channel();
-        let Outcome::Done { emit, .. } = outcome else {
-            drop(ticket);
-            drop(done.send(Ok(())));
-            return Ok(settled);
+        let emit = match outcome {
+            Outcome::Done { emit, .. } => emit,
+            Outcome::Take { .. } => Vec::new(),
+            _ => {
+                drop(ticket);
+                drop(done.send(Ok(())));
+                return Ok(settled);
+            }
         };
         let (number, tag) = ticket.take();
         if self.lanes.command(number, Command::Settle { tag, emit, done }) {
@@ -328,6 +332,17 @@ impl Session for RabbitSession {
             })
         }))
         .await
+    }
+
+    async fn park(&self, ticket: Ticket, changed: Arc<Electron>) -> Result<Ticket, SettleError> {
+        let failed = SendError::Refused("parking is not there yet".to_owned());
+        let to = To::Atom(changed.atom.clone());
+        let envelope = Envelope::new(to, Message::Electron(changed));
+        Err(SettleError::NotSafe { ticket, failed: vec![(envelope, failed)] })
+    }
+
+    async fn census(&self, _atom: &AtomId) -> Result<Census, SessionError> {
+        Err(SessionError::lost("a census is not there yet"))
     }
 
     async fn ended(&self) -> SessionError {
