@@ -3,11 +3,17 @@
 //! A parent that waits for its children gives its permit back. When it can go on it queues again, ahead of
 //! every electron that has not started: what is under way is finished before more is begun, and that bounds
 //! how much can be under way.
+//!
+//! The permit of a singleton is of two parts. While it waits it gives back the node's part only: its place is
+//! kept, so that no other instance runs until it has truly ended.
 
 use std::{
     collections::VecDeque,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use tokio::sync::oneshot;
@@ -43,6 +49,8 @@ struct State {
 
 struct LaneState {
     free: isize,
+    /// Who waits keeps its place in the lane.
+    keeps: bool,
     resuming: VecDeque<oneshot::Sender<Permit>>,
     starting: VecDeque<oneshot::Sender<Permit>>,
 }
@@ -53,11 +61,12 @@ impl Admission {
         Arc::new(Self { state: Mutex::new(state) })
     }
 
-    /// Adds an atom with its own limit.
-    pub(crate) fn add_lane(&self, limit: usize) -> Lane {
+    /// Adds an atom with its own limit. `keeps` says that who waits keeps its place.
+    pub(crate) fn add_lane(&self, limit: usize, keeps: bool) -> Lane {
         let mut state = self.lock();
         state.lanes.push(LaneState {
             free: capped(limit),
+            keeps,
             resuming: VecDeque::new(),
             starting: VecDeque::new(),
         });
@@ -66,16 +75,17 @@ impl Admission {
 
     pub(crate) fn try_acquire(self: &Arc<Self>, lane: Lane) -> Option<Permit> {
         let took = self.lock().take(lane);
-        took.then(|| self.permit(lane))
+        took.then(|| self.permit(lane, true))
     }
 
     /// Takes a permit whether one is free or not; what is owed is paid back before anyone else is served.
     fn force(self: &Arc<Self>, lane: Lane) -> Permit {
         let mut state = self.lock();
         state.free -= 1;
-        state.lanes[lane.0].free -= 1;
+        let place = state.lanes[lane.0].gives_place(Priority::Resume);
+        state.lanes[lane.0].free -= isize::from(place);
         drop(state);
-        self.permit(lane)
+        self.permit(lane, place)
     }
 
     /// Queues for a permit. Dropping the receiver leaves the queue.
@@ -95,23 +105,23 @@ impl Admission {
         rx
     }
 
-    fn permit(self: &Arc<Self>, lane: Lane) -> Permit {
-        Permit { admission: Arc::clone(self), lane }
+    fn permit(self: &Arc<Self>, lane: Lane, place: bool) -> Permit {
+        Permit { admission: Arc::clone(self), lane, node: true, place }
     }
 
-    fn give_back(self: &Arc<Self>, lane: Lane) {
+    fn give_back(self: &Arc<Self>, lane: Lane, node: bool, place: bool) {
         let mut state = self.lock();
-        state.free += 1;
-        state.lanes[lane.0].free += 1;
+        state.free += isize::from(node);
+        state.lanes[lane.0].free += isize::from(place);
         self.serve(state);
     }
 
     /// Hands permits to all who can have one.
     fn serve<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
-        while let Some((lane, waiter)) = state.grant() {
+        while let Some((lane, place, waiter)) = state.grant() {
             // Unlocked, because a waiter that is gone drops its permit, which locks again.
             drop(state);
-            drop(waiter.send(self.permit(lane)));
+            drop(waiter.send(self.permit(lane, place)));
             state = self.lock();
         }
     }
@@ -134,7 +144,7 @@ impl State {
     }
 
     /// Takes a permit for whoever is next, if anyone can be served.
-    fn grant(&mut self) -> Option<(Lane, oneshot::Sender<Permit>)> {
+    fn grant(&mut self) -> Option<(Lane, bool, oneshot::Sender<Permit>)> {
         if self.free <= 0 {
             return None;
         }
@@ -144,17 +154,23 @@ impl State {
                 let at = (self.next_lane + step) % count;
                 let waiter = self.lanes[at].pop(priority)?;
                 self.next_lane = (at + 1) % count;
+                let place = self.lanes[at].gives_place(priority);
                 self.free -= 1;
-                self.lanes[at].free -= 1;
-                Some((Lane(at), waiter))
+                self.lanes[at].free -= isize::from(place);
+                Some((Lane(at), place, waiter))
             })
         })
     }
 }
 
 impl LaneState {
+    /// Whether a permit comes with a place in the lane, or its holder has kept one.
+    fn gives_place(&self, priority: Priority) -> bool {
+        priority == Priority::Start || !self.keeps
+    }
+
     fn pop(&mut self, priority: Priority) -> Option<oneshot::Sender<Permit>> {
-        if self.free <= 0 {
+        if self.free <= 0 && self.gives_place(priority) {
             return None;
         }
         let queue = match priority {
@@ -181,33 +197,84 @@ fn capped(limit: usize) -> isize {
 pub(crate) struct Permit {
     admission: Arc<Admission>,
     lane: Lane,
+    /// It counts towards the limit of the node.
+    node: bool,
+    /// It counts towards the limit of the lane.
+    place: bool,
+}
+
+impl Permit {
+    /// Parts the place that is kept while waiting from what is given back.
+    fn keep_place(&mut self) -> Option<Self> {
+        let keeps = self.admission.lock().lanes[self.lane.0].keeps;
+        (keeps && std::mem::take(&mut self.place)).then(|| Self {
+            admission: Arc::clone(&self.admission),
+            lane: self.lane,
+            node: false,
+            place: true,
+        })
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.admission.give_back(self.lane);
+        self.admission.give_back(self.lane, self.node, self.place);
     }
 }
 
-/// Holds the permit of one running electron, and lets go of it while the electron waits.
+/// Holds the permit of one running electron, and lets go of it while the electron waits. The run and its
+/// worker share it.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    admission: Arc<Admission>,
-    lane: Lane,
-    permit: Mutex<Option<Permit>>,
+    /// None for a resident, which runs without a permit.
+    admission: Option<(Arc<Admission>, Lane)>,
+    permit: Mutex<Place>,
+    /// Odd while the run is being polled. Who looks twice and finds the same odd number knows a run that holds
+    /// its thread.
+    polls: AtomicU32,
     /// Held by the branch of the atom that queues for the permit, so that no other queues behind it for one
     /// that this slot holds.
     resuming: tokio::sync::Mutex<()>,
 }
 
 impl Slot {
-    pub(crate) fn new(permit: Permit) -> Self {
+    pub(crate) fn new(mut permit: Permit) -> Self {
+        let admission = Some((Arc::clone(&permit.admission), permit.lane));
+        let kept = permit.keep_place();
+        Self { admission, ..Self::with(Place::Running { permit, _kept: kept }) }
+    }
+
+    /// A slot of what runs without a permit.
+    pub(crate) fn unlimited() -> Self {
+        Self::with(Place::Revoked)
+    }
+
+    fn with(place: Place) -> Self {
         Self {
-            admission: Arc::clone(&permit.admission),
-            lane: permit.lane,
-            permit: Mutex::new(Some(permit)),
+            admission: None,
+            permit: Mutex::new(place),
+            polls: AtomicU32::new(0),
             resuming: tokio::sync::Mutex::new(()),
         }
+    }
+
+    /// Takes the permit away for good: the run is given up, whether it has ended or not.
+    pub(crate) fn revoke(&self) {
+        let revoked = std::mem::replace(&mut *self.lock(), Place::Revoked);
+        drop(revoked);
+    }
+
+    pub(crate) fn polling(&self) {
+        self.polls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn polled(&self) {
+        self.polls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Returns how often polling began and ended.
+    pub(crate) fn polls(&self) -> u32 {
+        self.polls.load(Ordering::Relaxed)
     }
 
     /// Awaits `future` without a permit, and queues for one again before it returns.
@@ -215,29 +282,81 @@ impl Slot {
     /// An atom that waits in several branches at once gives back its permit with the first, and has it again
     /// with the first that goes on.
     pub(crate) async fn wait<T>(&self, future: impl Future<Output = T>) -> T {
-        drop(self.swap(None));
+        self.pause();
         let resume = ForceOnDrop(self);
         let output = future.await;
         {
             let _only_one = self.resuming.lock().await;
-            if self.lock().is_none()
-                && let Ok(permit) = self.admission.acquire(self.lane, Priority::Resume).await
+            if let Some((admission, lane)) = self.waiting()
+                && let Ok(permit) = admission.acquire(*lane, Priority::Resume).await
             {
-                drop(self.swap(Some(permit)));
+                self.resume(permit);
             }
         }
         drop(resume);
         output
     }
 
-    /// Swaps under the lock and returns the old permit, so that it is dropped outside.
-    fn swap(&self, permit: Option<Permit>) -> Option<Permit> {
-        std::mem::replace(&mut *self.lock(), permit)
+    /// Where to queue, when the permit was given back for a while.
+    fn waiting(&self) -> Option<&(Arc<Admission>, Lane)> {
+        let waiting = matches!(*self.lock(), Place::Waiting { .. });
+        self.admission.as_ref().filter(|_| waiting)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Permit>> {
+    /// Gives the permit back for a while, all but the place that is kept.
+    fn pause(&self) {
+        let mut place = self.lock();
+        let now = std::mem::replace(&mut *place, Place::Revoked);
+        let given_back = match now {
+            Place::Running { permit, _kept } => {
+                *place = Place::Waiting { _kept };
+                Some(permit)
+            }
+            other => {
+                *place = other;
+                None
+            }
+        };
+        // Dropping a permit serves others: not under this lock.
+        drop(place);
+        drop(given_back);
+    }
+
+    /// Goes on with a permit, unless that is not wanted any more: then it is given back.
+    fn resume(&self, permit: Permit) {
+        let mut place = self.lock();
+        let now = std::mem::replace(&mut *place, Place::Revoked);
+        let unwanted = match now {
+            Place::Waiting { _kept } => {
+                *place = Place::Running { permit, _kept };
+                None
+            }
+            other => {
+                *place = other;
+                Some(permit)
+            }
+        };
+        drop(place);
+        drop(unwanted);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Place> {
         self.permit.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a slot holds.
+#[derive(Debug)]
+enum Place {
+    Running {
+        permit: Permit,
+        _kept: Option<Permit>,
+    },
+    Waiting {
+        _kept: Option<Permit>,
+    },
+    /// Nothing, for good.
+    Revoked,
 }
 
 /// Sees to it that an atom which stops waiting early (a time-out around a call, say) runs with a permit.
@@ -245,9 +364,8 @@ struct ForceOnDrop<'slot>(&'slot Slot);
 
 impl Drop for ForceOnDrop<'_> {
     fn drop(&mut self) {
-        if self.0.lock().is_none() {
-            let permit = self.0.admission.force(self.0.lane);
-            drop(self.0.swap(Some(permit)));
+        if let Some((admission, lane)) = self.0.waiting() {
+            self.0.resume(admission.force(*lane));
         }
     }
 }
@@ -259,7 +377,7 @@ mod tests {
     #[test]
     fn limits_hold_per_node_and_per_lane() {
         let admission = Admission::new(2);
-        let (a, b) = (admission.add_lane(1), admission.add_lane(5));
+        let (a, b) = (admission.add_lane(1, false), admission.add_lane(5, false));
         let first = admission.try_acquire(a).unwrap();
         assert!(admission.try_acquire(a).is_none(), "the lane is full");
         let second = admission.try_acquire(b).unwrap();
@@ -271,7 +389,7 @@ mod tests {
     #[test]
     fn who_resumes_goes_before_who_starts() {
         let admission = Admission::new(1);
-        let (a, b) = (admission.add_lane(1), admission.add_lane(1));
+        let (a, b) = (admission.add_lane(1, false), admission.add_lane(1, false));
         let held = admission.try_acquire(a).unwrap();
         let mut start = admission.acquire(a, Priority::Start);
         let mut resume = admission.acquire(b, Priority::Resume);
@@ -285,7 +403,7 @@ mod tests {
     #[test]
     fn lanes_take_turns() {
         let admission = Admission::new(1);
-        let (a, b) = (admission.add_lane(9), admission.add_lane(9));
+        let (a, b) = (admission.add_lane(9, false), admission.add_lane(9, false));
         let held = admission.try_acquire(a).unwrap();
         let mut a1 = admission.acquire(a, Priority::Start);
         let mut a2 = admission.acquire(a, Priority::Start);
@@ -300,7 +418,7 @@ mod tests {
     #[test]
     fn a_waiter_that_left_costs_no_permit() {
         let admission = Admission::new(1);
-        let lane = admission.add_lane(1);
+        let lane = admission.add_lane(1, false);
         let held = admission.try_acquire(lane).unwrap();
         drop(admission.acquire(lane, Priority::Start));
         let late = admission.acquire(lane, Priority::Start);
@@ -313,7 +431,7 @@ mod tests {
     #[tokio::test]
     async fn waiting_gives_the_permit_to_others() {
         let admission = Admission::new(1);
-        let lane = admission.add_lane(1);
+        let lane = admission.add_lane(1, false);
         let slot = Slot::new(admission.try_acquire(lane).unwrap());
         slot.wait(async { drop(admission.try_acquire(lane).expect("it is free while waiting")) })
             .await;
@@ -323,7 +441,7 @@ mod tests {
     #[tokio::test]
     async fn an_atom_that_waits_in_two_branches_needs_one_permit() {
         let admission = Admission::new(1);
-        let lane = admission.add_lane(1);
+        let lane = admission.add_lane(1, false);
         let slot = Slot::new(admission.try_acquire(lane).unwrap());
         let both = async { tokio::join!(slot.wait(async {}), slot.wait(tokio::task::yield_now())) };
         tokio::time::timeout(std::time::Duration::from_secs(10), both).await.expect("it goes on");
@@ -333,14 +451,14 @@ mod tests {
     #[test]
     fn a_limit_without_end_is_a_limit() {
         let admission = Admission::new(usize::MAX);
-        let lane = admission.add_lane(usize::MAX);
+        let lane = admission.add_lane(usize::MAX, false);
         assert!(admission.try_acquire(lane).is_some());
     }
 
     #[tokio::test]
     async fn who_stops_waiting_early_has_its_permit_all_the_same() {
         let admission = Admission::new(1);
-        let lane = admission.add_lane(1);
+        let lane = admission.add_lane(1, false);
         let slot = Slot::new(admission.try_acquire(lane).unwrap());
         let other = {
             let mut waiting = Box::pin(slot.wait(std::future::pending::<()>()));
@@ -351,5 +469,32 @@ mod tests {
         assert!(admission.try_acquire(lane).is_none(), "the slot holds the only permit again");
         drop(slot);
         assert!(admission.try_acquire(lane).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_singleton_that_waits_keeps_its_place_and_gives_back_the_nodes_permit() {
+        let admission = Admission::new(1);
+        let (single, other) = (admission.add_lane(1, true), admission.add_lane(1, false));
+        let slot = Slot::new(admission.try_acquire(single).unwrap());
+        let mut second = admission.acquire(single, Priority::Start);
+        let waited = slot.wait(async {
+            assert!(second.try_recv().is_err(), "its place is taken");
+            drop(admission.try_acquire(other).expect("the node has room"));
+        });
+        tokio::time::timeout(std::time::Duration::from_secs(10), waited).await.expect("it goes on");
+        assert!(admission.try_acquire(other).is_none(), "it runs again");
+        drop(slot);
+        assert!(second.try_recv().is_ok(), "its place is free");
+    }
+
+    #[tokio::test]
+    async fn what_is_revoked_is_never_taken_again() {
+        let admission = Admission::new(1);
+        let lane = admission.add_lane(1, false);
+        let slot = Slot::new(admission.try_acquire(lane).unwrap());
+        slot.wait(async { slot.revoke() }).await;
+        assert!(admission.try_acquire(lane).is_some(), "it is for others");
+        slot.wait(async {}).await;
+        assert!(admission.try_acquire(lane).is_some(), "still");
     }
 }

@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use crate::{
-    Address, Electron, ElectronId, Envelope, Failure, Message, Payload, Properties, SendError,
-    admission::Slot, link::Link, node::Node,
+    Address, AtomId, Electron, ElectronId, Envelope, Failure, Message, Payload, Policy, Properties,
+    SendError, admission::Slot, link::Link, node::Node,
 };
 
 /// Who waits for which answer. The first answer takes the entry out: later ones find nobody.
@@ -154,7 +154,7 @@ pub struct Call<'cx, T> {
     asker: Asker,
     /// The permit to give back while waiting, when an atom asks.
     slot: Option<&'cx Slot>,
-    electron: Result<Arc<Electron>, serde_json::Error>,
+    electron: Result<Electron, CallError>,
     deadline: Duration,
     decode: fn(&Payload) -> Result<T, serde_json::Error>,
     output: PhantomData<fn() -> T>,
@@ -167,11 +167,11 @@ impl<'cx, T> Call<'cx, T> {
     pub(crate) fn new(
         asker: Asker,
         slot: Option<&'cx Slot>,
-        electron: Result<Electron, serde_json::Error>,
+        electron: Result<Electron, CallError>,
         decode: fn(&Payload) -> Result<T, serde_json::Error>,
     ) -> Self {
         Self {
-            electron: electron.map(|electron| Arc::new(asker.address(electron))),
+            electron: electron.map(|electron| asker.address(electron)),
             asker,
             slot,
             deadline: Self::DEADLINE_DEFAULT,
@@ -180,15 +180,34 @@ impl<'cx, T> Call<'cx, T> {
         }
     }
 
-    /// Sets how long to wait for the answer, sending included.
+    /// Sets how long to wait for the answer, sending included. Afterwards the electron is neither begun nor gone
+    /// on with.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
+    /// Sets what follows a failure, instead of what the atom or the node says.
+    pub fn policy(mut self, policy: Policy) -> Self {
+        if let Ok(electron) = &mut self.electron {
+            electron.policy = Some(policy);
+        }
+        self
+    }
+
+    /// Sets how long one attempt may take, instead of what the atom says.
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        if let Ok(electron) = &mut self.electron {
+            electron.time_limit = Some(limit);
+        }
+        self
+    }
+
     async fn answer(self) -> Result<T, CallError> {
-        let electron = self.electron.map_err(CallError::Encode)?;
-        let asking = self.asker.ask(electron, self.deadline);
+        let mut electron = self.electron?;
+        let wanted = electron.deadline.map_or(self.deadline, |left| left.min(self.deadline));
+        electron.deadline = Some(wanted);
+        let asking = self.asker.ask(Arc::new(electron), self.deadline);
         let properties = match self.slot {
             Some(slot) => slot.wait(asking).await?,
             None => asking.await?,
@@ -244,6 +263,9 @@ pub enum CallError {
         /// How long was waited.
         deadline: Duration,
     },
+    /// A singleton asked its own atom: it would wait for itself.
+    #[error("{0} is a singleton and cannot ask itself")]
+    AsksItself(AtomId),
     /// The node stopped first.
     #[error("the node has stopped")]
     Stopped,

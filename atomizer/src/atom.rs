@@ -4,7 +4,7 @@ use std::{future::Future, num::NonZeroUsize, time::Duration};
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{AtomId, Context, Payload, Result};
+use crate::{AtomId, Context, Payload, Policy, Result};
 
 /// A job: typed input in, typed output out, as an `async fn`.
 ///
@@ -59,15 +59,75 @@ pub trait Atom: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Self::Output>> + Send;
 }
 
-/// What sort of atom it is. It tunes defaults and tells readers; it gates nothing.
+/// What sort of atom it is.
+///
+/// | | runs at once on a node | at its time limit | while it waits for others | may ask itself |
+/// |---|---|---|---|---|
+/// | `Atomic` | [256](Options::CONCURRENCY_DEFAULT), or as it says; blocking ones one per core | its slot is free at once | its slot is free | yes |
+/// | `Spawner` | the same | the same | the same | yes |
+/// | `Singleton` | 1, over all conductors | its slot waits for the true end | its slot is kept, the node's permit is free | no: [an error](crate::CallError::AsksItself) |
+///
+/// What is no electron's work, but runs from the node's start to its end, is a [`Resident`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kind {
     /// A leaf: one electron in, one result out.
     #[default]
     Atomic,
-    /// Starts other electrons, and waits for their results or does not.
+    /// Starts other electrons, and waits for their results or does not. It tells readers; nothing depends on
+    /// it.
     Spawner,
+    /// Never runs twice at once on a node, so that it may keep state: one electron after the other, whichever
+    /// conductors they come through.
+    Singleton,
+}
+
+/// What runs from the start of a node to its end, once: a watcher, a schedule, a cache that is kept warm.
+///
+/// It is made anew each time it starts, so state lives as long as a run does. One that fails or panics is
+/// started again, after a pause that grows from 100 ms to 30 s; one that returns `Ok` has done its work and is
+/// not. It needs no permit, and no electron. A node that [drains](crate::Atomizer::drain) tells it through
+/// [`Context::cancelled`] and waits for it; one that does not end is aborted with everything else.
+///
+/// ```
+/// use std::time::Duration;
+/// use atomizer::{Resident, prelude::*};
+///
+/// #[derive(Default)]
+/// struct Heartbeat;
+///
+/// impl Resident for Heartbeat {
+///     const ID: &'static str = "heartbeat";
+///
+///     async fn run(&self, cx: &Context) -> Result<()> {
+///         loop {
+///             tokio::select! {
+///                 () = cx.cancelled() => return Ok(()),
+///                 () = tokio::time::sleep(Duration::from_secs(1)) => println!("still here"),
+///             }
+///         }
+///     }
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let builder = Atomizer::builder().conductor(Memory::new());
+/// let atomizer = builder.resident(Heartbeat::default).start().await?;
+/// atomizer.drain().await?;
+/// # Ok(())
+/// # }
+/// ```
+pub trait Resident: Send + Sync + 'static {
+    /// Names it: as the id of an atom, and different from those of the node's atoms.
+    const ID: &'static str;
+
+    /// Runs until it is done or the node drains.
+    ///
+    /// The context is that of an electron of its own, new for each start: what it asks is asked anew.
+    ///
+    /// # Cancel safety
+    /// The future is dropped at an `await` when the node stops and it did not end by itself.
+    fn run(&self, cx: &Context) -> impl Future<Output = Result<()>> + Send;
 }
 
 /// How an atom is run. Made with [`Options::default`] and the methods below.
@@ -76,7 +136,9 @@ pub enum Kind {
 pub struct Options {
     concurrency: Option<NonZeroUsize>,
     time_limit: Option<Duration>,
+    policy: Option<Policy>,
     blocking: bool,
+    at_most_once: bool,
 }
 
 impl Options {
@@ -100,10 +162,27 @@ impl Options {
 
     /// Limits how long one run may take; without it, and without one in the electron, it may run for ever.
     ///
-    /// At the limit the future is dropped at its next `await`, and the asker is answered. An atom that never
-    /// awaits is not stopped.
+    /// At the limit the attempt has failed, whatever the run does: its slot is free, its asker is answered or
+    /// the next attempt made, and its future is dropped at its next `await`. One that never awaits goes on
+    /// until it ends by itself, and [too many of these](crate::Builder::stuck_max) end the node.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.time_limit = Some(limit);
+        self
+    }
+
+    /// Says what follows a failure, unless the electron does.
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policy = Some(policy);
+        self
+    }
+
+    /// Says that no electron may be begun twice, whatever happens: it is removed from its queue before it is
+    /// begun.
+    ///
+    /// The price: an electron whose node is lost while it runs ends with it, and nobody is told. What the policy
+    /// allows after a failure still holds: then it is known that the attempt has ended.
+    pub fn at_most_once(mut self) -> Self {
+        self.at_most_once = true;
         self
     }
 
@@ -116,8 +195,9 @@ impl Options {
         self
     }
 
-    pub(crate) fn concurrency_limit(&self) -> usize {
+    pub(crate) fn concurrency_limit(&self, kind: Kind) -> usize {
         match self.concurrency {
+            _ if kind == Kind::Singleton => 1,
             Some(limit) => limit.get().min(Self::CONCURRENCY_MAX),
             None if self.blocking => cores(),
             None => Self::CONCURRENCY_DEFAULT,
@@ -126,6 +206,14 @@ impl Options {
 
     pub(crate) fn run_time_limit(&self) -> Option<Duration> {
         self.time_limit
+    }
+
+    pub(crate) fn run_policy(&self) -> Option<Policy> {
+        self.policy
+    }
+
+    pub(crate) fn is_at_most_once(&self) -> bool {
+        self.at_most_once
     }
 
     pub(crate) fn is_blocking(&self) -> bool {

@@ -8,24 +8,48 @@ use std::{
     },
 };
 
+use tokio::time::Instant;
+
 use crate::{
-    Atom, AtomId, Call, Electron, FanOut, NodeId, Parent, Payload, admission::Slot, ask::Asker,
-    erased, node::Stage,
+    Atom, AtomId, Call, CallError, Electron, Failure, FanOut, Kind, NodeId, Parent, Payload,
+    admission::Slot, ask::Asker, erased, node::Stage,
 };
 
 /// One run of one electron, as its atom sees it.
 pub struct Context {
     pub(crate) asker: Asker,
-    pub(crate) slot: Slot,
+    pub(crate) slot: Arc<Slot>,
     electron: Arc<Electron>,
+    kind: Kind,
+    /// When nobody wants the outcome any more.
+    deadline: Option<Instant>,
+    /// When it is to stop.
+    stop_at: Stage,
     /// Which index the next child gets. An atom that asks in the same order each time asks the same children
     /// again in a second life.
     next_child: AtomicU64,
 }
 
 impl Context {
-    pub(crate) fn new(asker: Asker, electron: Arc<Electron>, slot: Slot) -> Self {
-        Self { asker, slot, electron, next_child: AtomicU64::new(0) }
+    pub(crate) fn new(asker: Asker, electron: Arc<Electron>, slot: Arc<Slot>) -> Self {
+        let (kind, stop_at) = (Kind::Atomic, Stage::Cancelling);
+        Self { asker, slot, electron, kind, deadline: None, stop_at, next_child: AtomicU64::new(0) }
+    }
+
+    /// The context of a resident: it runs without a permit, and is to stop when the node drains.
+    pub(crate) fn of_resident(asker: Asker, electron: Arc<Electron>) -> Self {
+        let slot = Arc::new(Slot::unlimited());
+        Self { stop_at: Stage::Draining, ..Self::new(asker, electron, slot) }
+    }
+
+    pub(crate) fn of_kind(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    pub(crate) fn until(mut self, deadline: Option<Instant>) -> Self {
+        self.deadline = deadline;
+        self
     }
 
     /// Returns the electron that is being worked on.
@@ -43,15 +67,22 @@ impl Context {
     /// Returns which attempt this is, counted from 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
-        self.electron.attempts + 1
+        self.electron.attempts.saturating_add(1)
     }
 
-    /// Waits until the node wants this run to stop. A run that does not is aborted soon after.
+    /// Returns how earlier attempts failed, oldest first: the first and the last eight.
+    #[must_use]
+    pub fn history(&self) -> &[Failure] {
+        &self.electron.history
+    }
+
+    /// Waits until the node wants this run to stop: a resident when the node drains, others when the time to
+    /// drain is over. A run that does not stop is aborted soon after.
     ///
     /// # Cancel safety
     /// Safe.
     pub async fn cancelled(&self) {
-        self.asker.node.reached(Stage::Cancelling).await;
+        self.asker.node.reached(self.stop_at).await;
     }
 
     /// Asks another atom, anywhere in the cluster, and waits for its output without holding up a slot.
@@ -63,8 +94,8 @@ impl Context {
     /// Dropping the call gives up the answer, not the child.
     #[expect(clippy::needless_pass_by_value, reason = "callers write `call::<Double>(21)`")]
     pub fn call<A: Atom>(&self, input: A::Input) -> Call<'_, A::Output> {
-        let electron =
-            erased::encode(&input).map(|payload| self.next_child(AtomId::of::<A>(), payload));
+        let electron = (erased::encode(&input).map_err(CallError::Encode))
+            .and_then(|payload| self.next_child(AtomId::of::<A>(), payload));
         Call::new(self.asker.clone(), Some(&self.slot), electron, erased::decode)
     }
 
@@ -76,7 +107,7 @@ impl Context {
     /// # Cancel safety
     /// Dropping the call gives up the answer, not the child.
     pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<'_, Payload> {
-        let electron = Ok(self.next_child(atom, payload));
+        let electron = self.next_child(atom, payload);
         Call::new(self.asker.clone(), Some(&self.slot), electron, |payload| Ok(payload.clone()))
     }
 
@@ -111,18 +142,23 @@ impl Context {
         FanOut::new(self, inputs.into_iter())
     }
 
-    /// Makes the next child, without saying yet where it is answered.
-    pub(crate) fn next_child(&self, atom: AtomId, payload: Payload) -> Electron {
+    /// Makes the next child, without saying yet where it is answered. It is wanted no longer than its parent.
+    pub(crate) fn next_child(&self, atom: AtomId, payload: Payload) -> Result<Electron, CallError> {
+        if self.kind == Kind::Singleton && atom == self.electron.atom {
+            return Err(CallError::AsksItself(atom));
+        }
         let index = self.next_child.fetch_add(1, Ordering::Relaxed);
         let parent = self.electron.id;
         let mut child = Electron::with_id(parent.child(index), atom, payload);
         child.parent = Some(Parent { id: parent, index });
+        child.deadline =
+            self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         for name in TRACE_HEADERS {
             if let Some(value) = self.electron.extra.get(name) {
                 child.extra.insert(name.to_owned(), value.clone());
             }
         }
-        child
+        Ok(child)
     }
 }
 

@@ -3,12 +3,13 @@
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 use crate::{AtomId, ConductorId, ElectronId, Failure, NodeId, clock};
@@ -16,22 +17,50 @@ use crate::{AtomId, ConductorId, ElectronId, Failure, NodeId, clock};
 /// How many events a subscriber may lag behind before it loses the oldest.
 pub(crate) const BACKLOG: usize = 4096;
 
-/// One thing that happened.
-#[derive(Clone, Debug)]
+/// One thing that happened. It prints as one line, and travels as JSON.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Event {
-    /// When, by the node's clock.
+    /// Which of its node's events it is, counted from 0. A gap says that events were missed.
+    ///
+    /// Events are made while somebody watches; who begins to watch later begins at a later number.
+    pub sequence: u64,
+    /// When, by the node's clock. As JSON: RFC 3339, UTC.
+    #[serde(with = "rfc3339")]
     pub at: SystemTime,
     /// Where.
     pub node: NodeId,
     /// Through which conductor, where one is concerned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conductor: Option<ConductorId>,
     /// What.
+    #[serde(flatten)]
     pub kind: EventKind,
 }
 
-/// The things that happen.
-#[derive(Clone, Debug)]
+impl Event {
+    /// Returns the electron that it is about.
+    #[must_use]
+    pub fn electron(&self) -> Option<ElectronId> {
+        self.kind.subject().0
+    }
+
+    /// Returns the atom that it is about.
+    #[must_use]
+    pub fn atom(&self) -> Option<&AtomId> {
+        self.kind.subject().1
+    }
+
+    /// Returns which attempt it is about, counted from 1.
+    #[must_use]
+    pub fn attempt(&self) -> Option<u32> {
+        self.kind.subject().2
+    }
+}
+
+/// The things that happen. As JSON: the field `event` names the kind, and durations are in microseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum EventKind {
     /// A conductor has a session.
@@ -41,10 +70,16 @@ pub enum EventKind {
         /// Why.
         error: String,
         /// How long the node waits before it tries again.
+        #[serde(with = "micros", rename = "retry_in_us")]
         retry_in: Duration,
     },
     /// A session ended by a fault; the next is being opened.
     SessionLost {
+        /// Why.
+        error: String,
+    },
+    /// A conductor is given up; the others go on.
+    ConductorGone {
         /// Why.
         error: String,
     },
@@ -66,8 +101,30 @@ pub enum EventKind {
         electron: ElectronId,
         /// Its atom.
         atom: AtomId,
+        /// Which attempt comes next.
+        attempt: u32,
         /// How often it was delivered before.
         redeliveries: u32,
+    },
+    /// An electron arrived that this node works on already: one run answers both.
+    Adopted {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt is under way, or comes next.
+        attempt: u32,
+    },
+    /// An electron that was delivered before is to begin, alone, and this is written into it.
+    Suspected {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt comes next.
+        attempt: u32,
+        /// The number of its starts under suspicion, this one included.
+        lives: u32,
     },
     /// An electron began to run.
     Started {
@@ -75,8 +132,69 @@ pub enum EventKind {
         electron: ElectronId,
         /// Its atom.
         atom: AtomId,
-        /// Which attempt, counted from 1.
+        /// Which attempt.
         attempt: u32,
+    },
+    /// A run holds its thread without yielding: an atom that blocks and does not say so.
+    Blocking {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt.
+        attempt: u32,
+    },
+    /// A run that was told to stop at its time limit still goes on.
+    Stuck {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt.
+        attempt: u32,
+        /// For how long.
+        #[serde(with = "micros", rename = "overdue_us")]
+        overdue: Duration,
+    },
+    /// An attempt failed, and the next is made here.
+    Retried {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt failed.
+        attempt: u32,
+        /// How.
+        failure: Failure,
+        /// How long the node waits before it tries again.
+        #[serde(with = "micros", rename = "wait_us")]
+        wait: Duration,
+    },
+    /// An attempt failed, and the electron is back in the queue for the next.
+    Requeued {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt failed.
+        attempt: u32,
+        /// How.
+        failure: Failure,
+        /// How long it waits before it is delivered.
+        #[serde(with = "micros", rename = "wait_us")]
+        wait: Duration,
+    },
+    /// The electron is back in the queue, and no attempt is counted: its atom gave it back, it is for another
+    /// node than the one that failed it, or this node stops.
+    HandedOn {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt comes next.
+        attempt: u32,
+        /// Why.
+        reason: String,
     },
     /// An electron ended well, and its answer (if one was asked for) is safe.
     Completed {
@@ -84,7 +202,10 @@ pub enum EventKind {
         electron: ElectronId,
         /// Its atom.
         atom: AtomId,
+        /// Which attempt.
+        attempt: u32,
         /// How long it ran.
+        #[serde(with = "micros", rename = "took_us")]
         took: Duration,
         /// True when the asker was gone for good.
         unclaimed: bool,
@@ -95,8 +216,12 @@ pub enum EventKind {
         electron: ElectronId,
         /// Its atom.
         atom: AtomId,
+        /// Which attempt was the last.
+        attempt: u32,
         /// How.
         failure: Failure,
+        /// True when it is among the dead letters.
+        dead: bool,
         /// True when the asker was gone for good.
         unclaimed: bool,
     },
@@ -113,6 +238,8 @@ pub enum EventKind {
         electron: ElectronId,
         /// Its atom.
         atom: AtomId,
+        /// Which attempt.
+        attempt: u32,
         /// Why.
         reason: String,
     },
@@ -120,6 +247,42 @@ pub enum EventKind {
     AnswerDropped {
         /// Whose answer.
         electron: ElectronId,
+    },
+    /// After a panic the atom's shared instance was made afresh.
+    Renewed {
+        /// The atom.
+        atom: AtomId,
+    },
+    /// A resident began to run.
+    ResidentStarted {
+        /// Its atom.
+        atom: AtomId,
+        /// Which start.
+        attempt: u32,
+    },
+    /// A resident failed, and is started again.
+    ResidentFailed {
+        /// Its atom.
+        atom: AtomId,
+        /// Which start.
+        attempt: u32,
+        /// How.
+        failure: Failure,
+        /// How long the node waits before it starts it again.
+        #[serde(with = "micros", rename = "wait_us")]
+        wait: Duration,
+    },
+    /// A resident ended of its own accord, or because the node drains.
+    ResidentEnded {
+        /// Its atom.
+        atom: AtomId,
+        /// Which start.
+        attempt: u32,
+    },
+    /// The node cannot go on.
+    Critical {
+        /// Why: the report that [`Atomizer::run`](crate::Atomizer::run) returns.
+        error: String,
     },
     /// The node takes no more electrons and finishes what runs.
     Draining,
@@ -129,15 +292,61 @@ pub enum EventKind {
     Aborting,
     /// The node has stopped.
     Stopped,
+    /// Something that a later version knows.
+    #[serde(other)]
+    Other,
+}
+
+impl EventKind {
+    /// Returns which electron, atom and attempt it is about.
+    fn subject(&self) -> (Option<ElectronId>, Option<&AtomId>, Option<u32>) {
+        match self {
+            Self::Received { electron, atom, attempt, .. }
+            | Self::Adopted { electron, atom, attempt }
+            | Self::Suspected { electron, atom, attempt, .. }
+            | Self::Started { electron, atom, attempt }
+            | Self::Blocking { electron, atom, attempt }
+            | Self::Stuck { electron, atom, attempt, .. }
+            | Self::Retried { electron, atom, attempt, .. }
+            | Self::Requeued { electron, atom, attempt, .. }
+            | Self::HandedOn { electron, atom, attempt, .. }
+            | Self::Completed { electron, atom, attempt, .. }
+            | Self::Failed { electron, atom, attempt, .. }
+            | Self::NotSettled { electron, atom, attempt, .. } => {
+                (Some(*electron), Some(atom), Some(*attempt))
+            }
+            Self::ResidentStarted { atom, attempt }
+            | Self::ResidentFailed { atom, attempt, .. }
+            | Self::ResidentEnded { atom, attempt } => (None, Some(atom), Some(*attempt)),
+            Self::Unreadable { atom, .. } | Self::Renewed { atom } => (None, Some(atom), None),
+            Self::Subscribed { atom } | Self::SubscriptionLost { atom, .. } => {
+                (None, atom.as_ref(), None)
+            }
+            Self::AnswerDropped { electron } => (Some(*electron), None, None),
+            Self::SessionOpened
+            | Self::OpenFailed { .. }
+            | Self::SessionLost { .. }
+            | Self::ConductorGone { .. }
+            | Self::Critical { .. }
+            | Self::Draining
+            | Self::Cancelling
+            | Self::Aborting
+            | Self::Stopped
+            | Self::Other => (None, None, None),
+        }
+    }
 }
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", humantime::format_rfc3339_millis(self.at), self.node)?;
+        let mut line = format!("{} {}", humantime::format_rfc3339_millis(self.at), self.node);
         if let Some(conductor) = &self.conductor {
-            write!(f, " {conductor}")?;
+            line.push(' ');
+            line.push_str(conductor.as_str());
         }
-        write!(f, " {}", self.kind)
+        // Texts of others may have more lines than one; an event has one.
+        let kind = self.kind.to_string().replace(['\n', '\r'], " ");
+        write!(f, "{line} {kind}")
     }
 }
 
@@ -149,48 +358,119 @@ impl fmt::Display for EventKind {
                 write!(f, "failed to open a session: {error}; next try in {retry_in:.1?}")
             }
             Self::SessionLost { error } => write!(f, "session lost: {error}"),
+            Self::ConductorGone { error } => write!(f, "conductor given up: {error}"),
             Self::Subscribed { atom: Some(atom) } => write!(f, "takes {atom}"),
             Self::Subscribed { atom: None } => f.write_str("takes answers"),
-            Self::SubscriptionLost { atom: Some(atom), error } => {
-                write!(f, "subscription to {atom} lost: {error}")
-            }
-            Self::SubscriptionLost { atom: None, error } => {
-                write!(f, "subscription to the inbox lost: {error}")
-            }
-            Self::Received { electron, atom, redeliveries: 0 } => {
-                write!(f, "received {atom} {electron}")
-            }
-            Self::Received { electron, atom, redeliveries } => {
-                write!(f, "received {atom} {electron} again, redelivery {redeliveries}")
-            }
-            Self::Started { electron, atom, attempt } => {
-                write!(f, "started {atom} {electron}, attempt {attempt}")
-            }
-            Self::Completed { electron, atom, took, unclaimed } => {
-                write!(f, "completed {atom} {electron} in {took:.1?}{}", claim(*unclaimed))
-            }
-            Self::Failed { electron, atom, failure, unclaimed } => {
-                write!(f, "failed {atom} {electron}: {failure}{}", claim(*unclaimed))
-            }
-            Self::Unreadable { atom, reason } => {
-                write!(f, "unreadable message for {atom}: {reason}")
-            }
-            Self::NotSettled { electron, atom, reason } => {
-                write!(f, "not settled here: {atom} {electron}: {reason}")
+            Self::SubscriptionLost { atom, error } => {
+                let source = atom.as_ref().map_or("the inbox", AtomId::as_str);
+                write!(f, "subscription to {source} lost: {error}")
             }
             Self::AnswerDropped { electron } => {
                 write!(f, "dropped an answer nobody waits for: {electron}")
             }
+            Self::Unreadable { atom, reason } => {
+                write!(f, "unreadable message for {atom}: {reason}")
+            }
+            Self::Renewed { atom } => write!(f, "made {atom} afresh"),
+            Self::ResidentStarted { atom, attempt } => {
+                write!(f, "resident {atom} began, start {attempt}")
+            }
+            Self::ResidentFailed { atom, failure, wait, .. } => {
+                write!(f, "resident {atom} failed: {failure}; starts again in {wait:.1?}")
+            }
+            Self::ResidentEnded { atom, .. } => write!(f, "resident {atom} ended"),
+            Self::Critical { error } => write!(f, "critical: {error}"),
             Self::Draining => f.write_str("draining"),
             Self::Cancelling => f.write_str("cancelling"),
             Self::Aborting => f.write_str("aborting"),
             Self::Stopped => f.write_str("stopped"),
+            Self::Other => f.write_str("something that a later version knows"),
+            of_an_electron => of_an_electron.fmt_electron(f),
+        }
+    }
+}
+
+impl EventKind {
+    fn fmt_electron(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Some(electron), Some(atom), Some(attempt)) = self.subject() else { return Ok(()) };
+        let id = format_args!("{atom} {electron}");
+        let nth = format_args!("attempt {attempt}");
+        match self {
+            Self::Received { redeliveries: 0, .. } => write!(f, "received {id}, {nth} is next"),
+            Self::Received { redeliveries, .. } => {
+                write!(f, "received {id} again, redelivery {redeliveries}, {nth} is next")
+            }
+            Self::Adopted { .. } => write!(f, "received {id} again while it is here, {nth}"),
+            Self::Suspected { lives, .. } => {
+                write!(f, "suspects {id}, life {lives}, {nth} is next")
+            }
+            Self::Started { .. } => write!(f, "started {id}, {nth}"),
+            Self::Blocking { .. } => write!(f, "{id}, {nth}, blocks its thread"),
+            Self::Stuck { overdue, .. } => {
+                write!(f, "{id}, {nth}, does not stop, {overdue:.1?} after its time limit")
+            }
+            Self::Retried { failure, wait, .. } => {
+                write!(f, "retries {id} in {wait:.1?} after {failure}")
+            }
+            Self::Requeued { failure, wait, .. } => {
+                write!(f, "requeued {id} for {wait:.1?} after {failure}")
+            }
+            Self::HandedOn { reason, .. } => write!(f, "handed on {id}: {reason}"),
+            Self::Completed { took, unclaimed, .. } => {
+                write!(f, "completed {id} in {took:.1?}, {nth}{}", claim(*unclaimed))
+            }
+            Self::Failed { failure, dead, unclaimed, .. } => {
+                let dead = if *dead { " (dead letter)" } else { "" };
+                write!(f, "failed {id}: {failure}{dead}{}", claim(*unclaimed))
+            }
+            Self::NotSettled { reason, .. } => write!(f, "not settled here: {id}: {reason}"),
+            _ => Ok(()),
         }
     }
 }
 
 fn claim(unclaimed: bool) -> &'static str {
     if unclaimed { " (unclaimed)" } else { "" }
+}
+
+/// Points in time as text.
+mod rfc3339 {
+    use std::time::SystemTime;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(
+        at: &SystemTime,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&humantime::format_rfc3339_micros(*at))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<SystemTime, D::Error> {
+        humantime::parse_rfc3339(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
+}
+
+/// Durations as whole microseconds.
+mod micros {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        duration: &Duration,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_micros)
+    }
 }
 
 /// Where a node's events go in. Never waits; costs next to nothing while nobody watches.
@@ -200,11 +480,18 @@ pub(crate) struct Events {
     tx: broadcast::Sender<Event>,
     /// Kept beside the channel's own count, which takes a lock to read.
     watching: Arc<AtomicUsize>,
+    /// The next number. Held while sending, so that events stand in the order of their numbers.
+    sequence: Mutex<u64>,
 }
 
 impl Events {
     pub(crate) fn new(node: NodeId) -> Self {
-        Self { node, tx: broadcast::Sender::new(BACKLOG), watching: Arc::default() }
+        Self {
+            node,
+            tx: broadcast::Sender::new(BACKLOG),
+            watching: Arc::default(),
+            sequence: Mutex::default(),
+        }
     }
 
     /// Publishes what `kind` makes, if anyone watches.
@@ -212,14 +499,12 @@ impl Events {
         if self.watching.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let event = Event {
-            at: clock::now(),
-            node: self.node.clone(),
-            conductor: conductor.cloned(),
-            kind: kind(),
-        };
+        let (node, conductor, kind) = (self.node.clone(), conductor.cloned(), kind());
+        let mut next = self.sequence.lock().unwrap_or_else(PoisonError::into_inner);
+        let sequence = *next;
+        *next += 1;
         // An error says that the last watcher has just left.
-        drop(self.tx.send(event));
+        drop(self.tx.send(Event { sequence, at: clock::now(), node, conductor, kind }));
     }
 
     pub(crate) fn subscribe(&self) -> EventStream {

@@ -7,7 +7,7 @@ use rustc_hash::FxHashMap;
 use tokio::sync::mpsc;
 
 use crate::{
-    Address, Atom, AtomId, CallError, Context, ElectronId, Envelope, Properties, SendError,
+    Address, Atom, AtomId, CallError, Context, ElectronId, Envelope, Policy, Properties, SendError,
     ask::{Token, Waiter},
     erased,
 };
@@ -23,6 +23,7 @@ pub struct FanOut<'cx, A, I> {
     cx: &'cx Context,
     inputs: I,
     window: NonZeroUsize,
+    policy: Option<Policy>,
     atom: PhantomData<fn() -> A>,
 }
 
@@ -35,12 +36,18 @@ where
     pub const WINDOW_DEFAULT: NonZeroUsize = NonZeroUsize::new(1024).expect("not 0");
 
     pub(crate) fn new(cx: &'cx Context, inputs: I) -> Self {
-        Self { cx, inputs, window: Self::WINDOW_DEFAULT, atom: PhantomData }
+        Self { cx, inputs, window: Self::WINDOW_DEFAULT, policy: None, atom: PhantomData }
     }
 
     /// Sets how many children may be in flight.
     pub fn window(mut self, children: NonZeroUsize) -> Self {
         self.window = children;
+        self
+    }
+
+    /// Sets what follows the failure of a child, instead of what its atom or its node says.
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policy = Some(policy);
         self
     }
 
@@ -127,6 +134,7 @@ struct Children<'cx, A, I: Iterator> {
     cx: &'cx Context,
     inputs: std::iter::Fuse<I>,
     window: usize,
+    policy: Option<Policy>,
     next_index: usize,
     /// Asked and not answered. Empty when nothing more can come, once the inputs have ended.
     in_flight: FxHashMap<usize, (ElectronId, Token)>,
@@ -144,13 +152,14 @@ where
     I: Iterator<Item = A::Input> + Send,
 {
     fn new(fan_out: FanOut<'cx, A, I>) -> Self {
-        let FanOut { cx, inputs, window, .. } = fan_out;
+        let FanOut { cx, inputs, window, policy, .. } = fan_out;
         let window = window.get();
         let (answer_to, answers) = mpsc::channel(window);
         Self {
             cx,
             inputs: inputs.fuse(),
             window,
+            policy,
             next_index: 0,
             in_flight: FxHashMap::default(),
             sending: None,
@@ -231,8 +240,14 @@ where
                     continue;
                 }
             };
-            let child = self.cx.next_child(AtomId::of::<A>(), payload);
-            let child = self.cx.asker.address(child);
+            let mut child = match self.cx.next_child(AtomId::of::<A>(), payload) {
+                Ok(child) => self.cx.asker.address(child),
+                Err(error) => {
+                    self.arrived.push_back((index, Err(error)));
+                    continue;
+                }
+            };
+            child.policy = self.policy.or(child.policy);
             let token = pending.insert(child.id, Waiter::Child(index, self.answer_to.clone()));
             self.in_flight.insert(index, (child.id, token));
             sent.push((index, child.id));

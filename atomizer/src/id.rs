@@ -190,6 +190,13 @@ macro_rules! name {
         }
 
         text_traits!($name);
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                Self::try_new(text).map_err(serde::de::Error::custom)
+            }
+        }
     };
 }
 
@@ -281,13 +288,6 @@ impl NodeId {
     pub fn unique(name: &str) -> Result<Self, InvalidId> {
         let random = Uuid::new_v4().as_u64_pair().1 as u32;
         Self::try_new(format!("{name}-{random:08x}"))
-    }
-}
-
-impl<'de> Deserialize<'de> for NodeId {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Self::try_new(text).map_err(serde::de::Error::custom)
     }
 }
 

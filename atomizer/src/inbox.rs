@@ -32,7 +32,7 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
         let mut batch = Vec::with_capacity(deliveries.len());
         for Delivery { message, ticket, .. } in deliveries {
             let Message::Answer(answer) = message else {
-                let (ticket, emit, _) = settler.unreadable(ticket, message);
+                let (emit, _) = settler.aside(message);
                 tracing::warn!(
                     "a message that is no answer goes from the inbox to the dead letters"
                 );
@@ -44,7 +44,7 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
         }
         if let Some(session) = intake.session() {
             // What is settled is done with; the rest comes again, and finds that nobody waits for it.
-            let mut settled = session.settle(batch).await;
+            let mut settled = link.settle(&session, batch).await;
             settled.retain(|result| matches!(result, Err(SettleError::NotSafe { .. })));
             if !settled.is_empty() {
                 let messages = settled.len();

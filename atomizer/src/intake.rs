@@ -11,7 +11,7 @@ use tokio::{
 use crate::{
     AtomId, Delivery, EventKind, SessionError, Source, Subscription,
     ask::Asker,
-    link::{Link, SharedSession, backoff},
+    link::{Link, STOP_TIMEOUT, SharedSession, backoff, guard},
     node::Node,
 };
 
@@ -84,11 +84,7 @@ impl Intake {
                         return std::future::pending().await;
                     };
                     if let Some(session) = session {
-                        let (source, window) = (self.source.clone(), self.window);
-                        let subscriber = Arc::clone(&session);
-                        let subscribing =
-                            Box::pin(async move { subscriber.subscribe(source, window).await });
-                        self.state = State::Subscribing(session, subscribing);
+                        self.state = self.subscribe(session);
                     }
                 }
                 State::Subscribing(session, subscribing) => match subscribing.await {
@@ -99,13 +95,29 @@ impl Intake {
                     }
                     Err(error) => self.lost(&error),
                 },
-                State::Open(_, subscription) => match subscription.next(max).await {
-                    Ok(deliveries) => return Taken::Deliveries(deliveries),
-                    Err(error) => {
-                        self.lost(&error);
-                        return Taken::Lost;
+                State::Open(session, subscription) => {
+                    let next = guard(None, subscription.next(max));
+                    let replaced = |now: &Option<SharedSession>| {
+                        !now.as_ref().is_some_and(|now| Arc::ptr_eq(now, session))
+                    };
+                    let taken = tokio::select! {
+                        biased;
+                        taken = next => taken.unwrap_or_else(|fault| {
+                            Err(SessionError::lost(self.link.caught(&fault)))
+                        }),
+                        // A subscription may miss that its session has ended, or is not trusted any more.
+                        _ = self.sessions.wait_for(replaced) => {
+                            Err(SessionError::lost("the session has ended"))
+                        }
+                    };
+                    match taken {
+                        Ok(deliveries) => return Taken::Deliveries(deliveries),
+                        Err(error) => {
+                            self.lost(&error);
+                            return Taken::Lost;
+                        }
                     }
-                },
+                }
                 State::Pausing(pause) => {
                     pause.await;
                     self.state = State::NoSession;
@@ -114,17 +126,33 @@ impl Intake {
         }
     }
 
-    /// Takes no more.
+    fn subscribe(&self, session: SharedSession) -> State {
+        let (source, window) = (self.source.clone(), self.window);
+        let (subscriber, link) = (Arc::clone(&session), Arc::clone(&self.link));
+        let subscribing =
+            Box::pin(
+                async move { link.ask(&subscriber, subscriber.subscribe(source, window)).await? },
+            );
+        State::Subscribing(session, subscribing)
+    }
+
+    /// Takes no more. A conductor that does not answer is not waited for.
     pub(crate) async fn stop(&mut self) {
-        if let State::Subscribing(_, subscribing) = &mut self.state {
-            // It may come into being all the same, and would hold what is meant for others.
-            if let Ok(mut subscription) = subscribing.await {
+        let stopping = guard(STOP_TIMEOUT, async {
+            if let State::Subscribing(_, subscribing) = &mut self.state {
+                // It may come into being all the same, and would hold what is meant for others.
+                if let Ok(mut subscription) = subscribing.await {
+                    subscription.stop().await;
+                }
+                self.state = State::NoSession;
+            }
+            if let State::Open(_, subscription) = &mut self.state {
                 subscription.stop().await;
             }
-            self.state = State::NoSession;
-        }
-        if let State::Open(_, subscription) = &mut self.state {
-            subscription.stop().await;
+        });
+        if let Err(fault) = stopping.await {
+            let conductor = self.link.id();
+            tracing::warn!(%conductor, source = ?self.source, %fault, "failed to stop a subscription");
         }
     }
 

@@ -48,14 +48,18 @@ mod erased;
 mod error;
 mod event;
 mod fan_out;
+mod home;
 mod id;
 mod inbox;
+mod instance;
 mod intake;
+mod life;
 mod link;
 mod memory;
 mod node;
 mod policy;
 mod properties;
+mod resident;
 mod run;
 mod runtime;
 mod settle;
@@ -63,7 +67,7 @@ pub mod wire;
 mod worker;
 
 pub use ask::{Call, CallError};
-pub use atom::{Atom, Kind, Options, RawAtom};
+pub use atom::{Atom, Kind, Options, RawAtom, Resident};
 pub use builder::{Builder, StartError};
 pub use conductor::{
     Address, Census, Conductor, Delivery, Envelope, Epoch, Limits, OpenError, Outcome, Release,

@@ -1,23 +1,39 @@
 //! One conductor of a node: keeps a session open, and sends through whichever is open.
+//!
+//! Whatever a conductor is asked, it may fail, panic or never answer: [`guard`] makes an error of each. A
+//! session that was caught at it is not trusted any more; it is let go of, and the next one opened.
 
 use std::{
     fmt,
-    sync::{Arc, OnceLock},
-    time::Duration,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, SystemTime},
 };
 
 use backon::{BackoffBuilder, ExponentialBuilder};
+use futures::FutureExt;
 use tokio::{
-    sync::watch,
-    time::{Instant, sleep, timeout_at},
+    sync::{Notify, watch},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::{
-    Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, ReplyTo, SendError, Session,
+    Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, Outcome, ReplyTo, SendError,
+    Session, SessionError, SettleError, Ticket, clock,
     node::{Node, Stage},
+    run::panic_message,
 };
 
 pub(crate) type SharedSession = Arc<dyn Session>;
+
+/// How long a conductor may take over one request. A session that takes longer is let go of.
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long stopping a subscription may take.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// So many panics of a conductor within the time are too many.
+const PANICS_MAX: usize = 5;
+const PANICS_WITHIN: Duration = Duration::from_secs(60);
 
 pub(crate) struct Link {
     id: ConductorId,
@@ -26,12 +42,77 @@ pub(crate) struct Link {
     session: watch::Sender<Option<SharedSession>>,
     /// Where this node is answered, and how much an answer may be: known with the first session.
     inbox: OnceLock<(ReplyTo, Limits)>,
+    give_up_after: Option<Duration>,
+    faults: Faults,
+}
+
+/// What a conductor was caught at.
+#[derive(Default)]
+struct Faults {
+    /// Why the open session is not trusted any more.
+    distrusted: Mutex<Option<String>>,
+    /// Rung when a session is distrusted.
+    caught: Notify,
+    panics: Mutex<Vec<Instant>>,
+    gone: watch::Sender<bool>,
+}
+
+/// Why a conductor is given up.
+#[derive(Clone, Debug)]
+pub(crate) struct GaveUp {
+    pub(crate) conductor: ConductorId,
+    pub(crate) error: String,
+    pub(crate) failures: u32,
+    pub(crate) since: SystemTime,
+}
+
+/// How one request to a conductor went wrong.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    Panicked(String),
+    NoAnswer(Duration),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Panicked(message) => write!(f, "panicked: {message}"),
+            Self::NoAnswer(limit) => write!(f, "no answer within {limit:?}"),
+        }
+    }
+}
+
+/// Awaits a conductor's answer: a panic is an error, and with a limit so is no answer.
+pub(crate) async fn guard<T>(
+    limit: impl Into<Option<Duration>>,
+    request: impl Future<Output = T>,
+) -> Result<T, Fault> {
+    let caught = AssertUnwindSafe(request).catch_unwind();
+    let answered = match limit.into() {
+        Some(limit) => match timeout(limit, caught).await {
+            Ok(answered) => answered,
+            Err(_) => return Err(Fault::NoAnswer(limit)),
+        },
+        None => caught.await,
+    };
+    answered.map_err(|panic| Fault::Panicked(panic_message(&*panic).to_owned()))
 }
 
 impl Link {
     /// `id` tells it from the node's other conductors, which may be of the same type and name.
-    pub(crate) fn new(id: ConductorId, conductor: Arc<dyn Conductor>) -> Self {
-        Self { id, conductor, session: watch::Sender::new(None), inbox: OnceLock::new() }
+    pub(crate) fn new(
+        id: ConductorId,
+        conductor: Arc<dyn Conductor>,
+        give_up_after: Option<Duration>,
+    ) -> Self {
+        Self {
+            id,
+            conductor,
+            session: watch::Sender::new(None),
+            inbox: OnceLock::new(),
+            give_up_after,
+            faults: Faults::default(),
+        }
     }
 
     pub(crate) fn id(&self) -> &ConductorId {
@@ -64,7 +145,7 @@ impl Link {
         // What to say when the time is over in the middle of a try.
         let mut last = OpenError::Unreachable(format!("{:?} did not answer", self.conductor));
         for pause in backoff() {
-            let open = self.conductor.open(&node.id);
+            let open = self.open(node);
             let opened = match deadline {
                 Some(deadline) => {
                     timeout_at(deadline, open).await.unwrap_or_else(|_| Err(last.clone()))
@@ -72,12 +153,8 @@ impl Link {
                 None => open.await,
             };
             last = match opened {
-                Ok(session) => {
-                    self.inbox.get_or_init(|| (session.reply_to(), session.limits()));
-                    self.opened(node, session);
-                    return Ok(());
-                }
-                Err(error @ OpenError::Unreachable(_)) => error,
+                Ok(()) => return Ok(()),
+                Err(error @ OpenError::Unreachable(_)) if !self.is_gone() => error,
                 Err(error) => return Err(error),
             };
             let left = deadline.map_or(Duration::MAX, |deadline| deadline - Instant::now());
@@ -90,29 +167,41 @@ impl Link {
         unreachable!("the backoff has no end")
     }
 
-    /// Keeps a session open until the node closes.
-    pub(crate) async fn run(&self, node: &Node) {
-        tokio::select! {
-            () = self.reopen_for_ever(node) => {}
-            () = node.reached(Stage::Closing) => {}
-        }
+    /// Keeps a session open until the node closes, or the conductor is given up.
+    pub(crate) async fn run(&self, node: &Node) -> Option<GaveUp> {
+        let gave_up = tokio::select! {
+            gave_up = self.reopen(node) => Some(gave_up),
+            () = node.reached(Stage::Closing) => None,
+        };
         let session = self.session.send_replace(None);
         if let Some(session) = session {
-            session.close().await;
+            drop(guard(ANSWER_TIMEOUT, session.close()).await);
         }
+        if let Some(GaveUp { error, .. }) = &gave_up {
+            self.faults.gone.send_replace(true);
+            tracing::error!(conductor = %self.id(), %error, "conductor given up");
+            node.events.emit(Some(self.id()), || EventKind::ConductorGone { error: error.clone() });
+        }
+        gave_up
     }
 
-    async fn reopen_for_ever(&self, node: &Node) {
+    async fn reopen(&self, node: &Node) -> GaveUp {
         let mut pauses = backoff();
+        let mut down = Down::default();
         loop {
             let current = self.session.borrow().clone();
             if let Some(session) = current {
                 let begun = Instant::now();
-                let error = session.ended().await;
+                let error = self.watch(&session).await;
                 self.session.send_replace(None);
+                drop(session);
                 tracing::warn!(conductor = %self.id(), %error, "session lost");
                 node.events
-                    .emit(Some(self.id()), || EventKind::SessionLost { error: error.to_string() });
+                    .emit(Some(self.id()), || EventKind::SessionLost { error: error.clone() });
+                down = Down::since_now(error);
+                if self.is_gone() {
+                    return down.gave_up(self.id());
+                }
                 if begun.elapsed() > STABLE_AFTER {
                     pauses = backoff();
                 } else {
@@ -120,7 +209,13 @@ impl Link {
                     sleep(next(&mut pauses)).await;
                 }
             }
-            while let Err(error) = self.reopen(node).await {
+            while let Err(error) = self.open(node).await {
+                down.failed(&error);
+                if self.is_gone()
+                    || self.give_up_after.is_some_and(|limit| down.for_longer_than(limit))
+                {
+                    return down.gave_up(self.id());
+                }
                 let pause = next(&mut pauses);
                 self.open_failed(node, &error, pause);
                 sleep(pause).await;
@@ -128,16 +223,37 @@ impl Link {
         }
     }
 
-    async fn reopen(&self, node: &Node) -> Result<(), OpenError> {
-        let session = self.conductor.open(&node.id).await?;
-        self.opened(node, session);
-        Ok(())
+    /// Waits for the end of a session, and says why it ended.
+    async fn watch(&self, session: &SharedSession) -> String {
+        let ended = async {
+            match guard(None, session.ended()).await {
+                Ok(error) => error.to_string(),
+                Err(fault) => self.caught(&fault),
+            }
+        };
+        tokio::select! {
+            error = ended => error,
+            () = self.faults.caught.notified() => {
+                let mut distrusted =
+                    self.faults.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
+                distrusted.take().unwrap_or_else(|| "not trusted any more".to_owned())
+            }
+        }
     }
 
-    fn opened(&self, node: &Node, session: SharedSession) {
+    async fn open(&self, node: &Node) -> Result<(), OpenError> {
+        let opening = async {
+            let session = self.conductor.open(&node.id).await?;
+            Ok((session.reply_to(), session.limits(), session))
+        };
+        let opened = guard(ANSWER_TIMEOUT, opening).await;
+        let (reply_to, limits, session) =
+            opened.unwrap_or_else(|fault| Err(OpenError::Unreachable(self.caught(&fault))))?;
+        self.inbox.get_or_init(|| (reply_to, limits));
         tracing::info!(conductor = %self.id(), "session opened");
         node.events.emit(Some(self.id()), || EventKind::SessionOpened);
         self.session.send_replace(Some(session));
+        Ok(())
     }
 
     fn open_failed(&self, node: &Node, error: &OpenError, retry_in: Duration) {
@@ -146,14 +262,74 @@ impl Link {
             .emit(Some(self.id()), || EventKind::OpenFailed { error: error.to_string(), retry_in });
     }
 
+    /// Counts a panic, and returns what there is to say. Too many, and the conductor is given up.
+    pub(crate) fn caught(&self, fault: &Fault) -> String {
+        if let Fault::Panicked(_) = fault {
+            let now = Instant::now();
+            let mut panics = self.faults.panics.lock().unwrap_or_else(PoisonError::into_inner);
+            panics.retain(|then| now.saturating_duration_since(*then) < PANICS_WITHIN);
+            panics.push(now);
+            if panics.len() >= PANICS_MAX {
+                self.faults.gone.send_replace(true);
+            }
+        }
+        fault.to_string()
+    }
+
+    fn is_gone(&self) -> bool {
+        *self.faults.gone.borrow()
+    }
+
+    /// Lets go of a session that cannot be relied on, if it is still the one that is open: what it holds is
+    /// delivered again.
+    fn distrust(&self, session: &SharedSession, fault: &Fault) -> String {
+        let reason = self.caught(fault);
+        if self.session.borrow().as_ref().is_some_and(|open| Arc::ptr_eq(open, session)) {
+            let mut distrusted =
+                self.faults.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
+            *distrusted = Some(reason.clone());
+            drop(distrusted);
+            self.faults.caught.notify_one();
+        }
+        reason
+    }
+
+    /// Asks something of a session. One that panics or does not answer is let go of.
+    pub(crate) async fn ask<T>(
+        &self,
+        session: &SharedSession,
+        request: impl Future<Output = T>,
+    ) -> Result<T, SessionError> {
+        let answered = guard(ANSWER_TIMEOUT, request).await;
+        answered.map_err(|fault| SessionError::lost(self.distrust(session, &fault)))
+    }
+
+    /// Settles through a session. The results stand in the order of the batch; what a session does not say is
+    /// not known.
+    pub(crate) async fn settle(
+        &self,
+        session: &SharedSession,
+        batch: Vec<(Ticket, Outcome)>,
+    ) -> Vec<Result<(), SettleError>> {
+        let count = batch.len();
+        let unknown = |error: &SessionError| Err(SettleError::Unknown(error.clone()));
+        match self.ask(session, session.settle(batch)).await {
+            Ok(mut results) => {
+                results.resize_with(count, || unknown(&SessionError::lost("no result")));
+                results
+            }
+            Err(error) => std::iter::repeat_with(|| unknown(&error)).take(count).collect(),
+        }
+    }
+
     /// Makes envelopes safe, through as many sessions as that takes. The results stand in their order.
     ///
-    /// What a lost session leaves unknown is sent again, under the same ids. No result is
-    /// [`SendError::Unknown`] or [`SendError::NotTaken`]; the caller bounds the time.
+    /// What the session could not say, because it ended meanwhile, is sent again through the next one, under
+    /// the same ids; so is what was not taken for now. The caller bounds the time.
     pub(crate) async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
         let open_now = self.session.borrow().clone();
         let mut results = match open_now {
-            Some(session) => session.send(envelopes).await,
+            Some(session) => self.send_through(&session, envelopes).await,
             None => vec![Err(SendError::Unknown(String::new())); envelopes.len()],
         };
         let mut pauses = backoff();
@@ -164,18 +340,79 @@ impl Link {
             }
             // A session that leaves something unknown is about to end; one that declines may want a rest.
             sleep(next(&mut pauses)).await;
-            let session = self.opened_session().await;
+            let Some(session) = self.opened_session().await else {
+                for at in open {
+                    results[at] = Err(SendError::Refused(format!("{} is given up", self.id())));
+                }
+                return results;
+            };
             let batch: Vec<_> = open.iter().map(|&at| envelopes[at].clone()).collect();
-            for (at, result) in open.into_iter().zip(session.send(&batch).await) {
+            for (at, result) in open.into_iter().zip(self.send_through(&session, &batch).await) {
                 results[at] = result;
             }
         }
     }
 
-    async fn opened_session(&self) -> SharedSession {
+    /// Sends once. Waiting for room is right, however long it takes: the limit is the caller's.
+    async fn send_through(
+        &self,
+        session: &SharedSession,
+        envelopes: &[Envelope],
+    ) -> Vec<Result<(), SendError>> {
+        let unknown = |reason: &str| Err(SendError::Unknown(reason.to_owned()));
+        match guard(None, session.send(envelopes)).await {
+            Ok(mut results) => {
+                results.resize_with(envelopes.len(), || unknown("no result"));
+                results
+            }
+            Err(fault) => vec![unknown(&self.distrust(session, &fault)); envelopes.len()],
+        }
+    }
+
+    /// Waits for a session; none when the conductor is given up.
+    async fn opened_session(&self) -> Option<SharedSession> {
         let mut sessions = self.session.subscribe();
-        let session = sessions.wait_for(Option::is_some).await.expect("its sender is in self");
-        session.clone().expect("it was waited for")
+        let mut gone = self.faults.gone.subscribe();
+        tokio::select! {
+            session = sessions.wait_for(Option::is_some) => {
+                session.expect("its sender is in self").clone()
+            }
+            _ = gone.wait_for(|gone| *gone) => None,
+        }
+    }
+}
+
+/// How long there has been no session, and why.
+struct Down {
+    since: SystemTime,
+    began: Instant,
+    failures: u32,
+    error: String,
+}
+
+impl Default for Down {
+    fn default() -> Self {
+        Self::since_now(String::new())
+    }
+}
+
+impl Down {
+    fn since_now(error: String) -> Self {
+        Self { since: clock::now(), began: Instant::now(), failures: 0, error }
+    }
+
+    fn failed(&mut self, error: &OpenError) {
+        self.failures = self.failures.saturating_add(1);
+        self.error = error.to_string();
+    }
+
+    fn for_longer_than(&self, limit: Duration) -> bool {
+        self.began.elapsed() >= limit
+    }
+
+    fn gave_up(self, conductor: &ConductorId) -> GaveUp {
+        let Self { since, failures, error, .. } = self;
+        GaveUp { conductor: conductor.clone(), error, failures, since }
     }
 }
 

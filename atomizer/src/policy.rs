@@ -85,6 +85,11 @@ impl Policy {
         }
     }
 
+    /// Whether the last of so many failures put the electron back for another node.
+    pub(crate) fn was_requeued(&self, failures: u32) -> bool {
+        failures > 0 && self.after(failures) == Next::Requeue
+    }
+
     /// How long to wait before the attempt that follows so many failures.
     pub(crate) fn pause(&self, electron: ElectronId, failures: u32) -> Duration {
         self.backoff.pause(failures, || jitter(electron, failures))

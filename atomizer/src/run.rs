@@ -1,31 +1,55 @@
-//! One run of an atom, apart from everything else: whatever it does, one result comes of it.
+//! One run of an atom, apart from everything else: whatever it does, one report comes of it.
 
-use std::{any::Any, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{any::Any, future::poll_fn, panic::AssertUnwindSafe, pin::pin, sync::Arc};
 
 use futures::FutureExt;
 use tokio::{
-    runtime::Handle,
     sync::{mpsc, oneshot},
-    task::{self, AbortHandle},
-    time::timeout,
+    task::AbortHandle,
 };
 
-use crate::{Context, ElectronId, Failure, FailureKind, Options, Payload, RawAtom};
+use crate::{
+    Context, ElectronId, EventKind, FailureKind, Payload, RawAtom,
+    admission::Slot,
+    error::{Directive, Failed},
+    home::Threads,
+    instance::Instances,
+};
 
 /// What a run comes to.
-pub(crate) type RunResult = Result<Payload, Failure>;
+pub(crate) type RunResult = Result<Payload, Failed>;
+
+/// Tells the runs of one worker apart: an electron may have several, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RunId(pub(crate) u64);
 
 /// A run under way. Dropping it aborts the run at its next `await`.
 #[derive(Debug)]
-pub(crate) enum Run {
+pub(crate) struct Run {
+    pub(crate) id: RunId,
+    /// What the run and its worker share.
+    pub(crate) slot: Arc<Slot>,
+    /// Taken out when it is aborted.
+    task: Option<Task>,
+}
+
+impl Run {
+    /// Ends the run at its next `await`.
+    pub(crate) fn abort(&mut self) {
+        self.task = None;
+    }
+}
+
+#[derive(Debug)]
+enum Task {
     Async(AbortHandle),
-    /// A task on a thread of its own cannot be aborted from outside: it watches for the other end.
+    /// A run on a thread of its own cannot be aborted from outside: it watches for the other end.
     Blocking {
         _alive: oneshot::Sender<()>,
     },
 }
 
-impl Drop for Run {
+impl Drop for Task {
     fn drop(&mut self) {
         if let Self::Async(task) = self {
             task.abort();
@@ -33,65 +57,122 @@ impl Drop for Run {
     }
 }
 
-/// Starts runs of one atom. Generics stop here: behind it is any [`RawAtom`].
-pub(crate) trait Start: Send + Sync {
-    /// Starts a run, which reports its result unless it is aborted.
-    fn start(self: Arc<Self>, context: Context, options: &Options, report: Report) -> Run;
+/// Says that a run is over, and what came of it. Nothing at all comes of one that was aborted.
+#[derive(Debug)]
+pub(crate) struct Reported {
+    pub(crate) electron: ElectronId,
+    pub(crate) run: RunId,
+    pub(crate) result: Option<RunResult>,
 }
 
-/// Where the result of one run goes.
+/// Where the report of one run goes; it is made when the run is dropped, too.
 #[derive(Debug)]
 pub(crate) struct Report {
     pub(crate) electron: ElectronId,
-    pub(crate) to: mpsc::UnboundedSender<(ElectronId, RunResult)>,
+    pub(crate) run: RunId,
+    pub(crate) to: mpsc::UnboundedSender<Reported>,
+    pub(crate) result: Option<RunResult>,
 }
 
-impl<A: RawAtom> Start for A {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "owned by the `Run`, which aborts it when dropped"
-    )]
-    fn start(self: Arc<Self>, context: Context, options: &Options, report: Report) -> Run {
-        let limit = context.electron().time_limit.or(options.run_time_limit());
+impl Report {
+    /// Takes the run to its end.
+    fn end(mut self, result: RunResult) {
+        self.result = Some(result);
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        let Self { electron, run, ref mut result, .. } = *self;
+        // An error says that the worker is gone, and with it the ticket.
+        drop(self.to.send(Reported { electron, run, result: result.take() }));
+    }
+}
+
+/// Starts runs of one atom. Generics stop here: behind it is any [`RawAtom`].
+pub(crate) trait Start: Send + Sync {
+    /// Starts a run, on a thread of its own if it is `blocking`.
+    fn start(
+        self: Arc<Self>,
+        context: Context,
+        blocking: bool,
+        threads: &Threads,
+        report: Report,
+    ) -> Run;
+}
+
+impl<A: RawAtom> Start for Instances<A> {
+    fn start(
+        self: Arc<Self>,
+        context: Context,
+        blocking: bool,
+        threads: &Threads,
+        report: Report,
+    ) -> Run {
+        let id = report.run;
+        let slot = Arc::clone(&context.slot);
+        let watched = Arc::clone(&slot);
         let running = async move {
-            let result = AssertUnwindSafe(run(&*self, context, limit)).catch_unwind().await;
-            let result = result.unwrap_or_else(|panic| Err(panicked(&*panic)));
-            // An error says that the worker is gone, and with it the ticket.
-            drop(report.to.send((report.electron, result)));
+            // In here: making an instance is the user's code.
+            let result = run(&self, context, &watched).await;
+            report.end(result);
         };
-        if options.is_blocking() {
-            let runtime = Handle::current();
+        let task = if blocking {
             let (alive, dropped) = oneshot::channel();
-            task::spawn_blocking(move || {
-                runtime.block_on(async {
-                    tokio::select! {
-                        () = running => {}
-                        _ = dropped => {}
-                    }
-                });
+            threads.spawn_blocking(async move {
+                tokio::select! {
+                    () = running => {}
+                    _ = dropped => {}
+                }
             });
-            Run::Blocking { _alive: alive }
+            Task::Blocking { _alive: alive }
         } else {
-            Run::Async(task::spawn(running).abort_handle())
-        }
+            Task::Async(threads.spawn(running))
+        };
+        Run { id, slot, task: Some(task) }
     }
 }
 
 /// The context is dropped at the end, and with it the permit: before the result is reported.
-async fn run(atom: &impl RawAtom, context: Context, limit: Option<Duration>) -> RunResult {
-    let running = atom.run(&context, &context.electron().payload);
-    let Some(limit) = limit else {
-        return running.await.map_err(Failure::from);
+async fn run<A: RawAtom>(instances: &Instances<A>, context: Context, slot: &Slot) -> RunResult {
+    let atom = match std::panic::catch_unwind(AssertUnwindSafe(|| instances.get())) {
+        Ok(atom) => atom,
+        Err(panic) => return Err(panicked(&*panic)),
     };
-    let result = timeout(limit, running).await.map_err(|_| {
-        let limit = humantime::format_duration(limit);
-        Failure::new(FailureKind::TimedOut, format!("did not finish within {limit}"))
-    })?;
-    result.map_err(Failure::from)
+    let (node, id) = (Arc::clone(&context.asker.node), context.electron().atom.clone());
+    let running = AssertUnwindSafe(run_one(&*atom, context)).catch_unwind();
+    let mut running = pin!(running);
+    let result = poll_fn(|cx| {
+        slot.polling();
+        let polled = running.as_mut().poll(cx);
+        slot.polled();
+        polled
+    });
+    match result.await {
+        Ok(result) => result,
+        Err(panic) => {
+            let renewed = AssertUnwindSafe(|| instances.renew(&atom));
+            match std::panic::catch_unwind(renewed) {
+                Ok(true) => node.events.emit(None, || EventKind::Renewed { atom: id }),
+                Ok(false) => {}
+                Err(_) => tracing::error!(atom = %id, "panicked while it was made afresh"),
+            }
+            Err(panicked(&*panic))
+        }
+    }
 }
 
-fn panicked(panic: &(dyn Any + Send)) -> Failure {
+async fn run_one(atom: &impl RawAtom, context: Context) -> RunResult {
+    atom.run(&context, &context.electron().payload).await.map_err(Failed::from)
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Failed {
+    Failed { then: Directive::Policy, ..Failed::new(FailureKind::Panic, panic_message(panic)) }
+}
+
+/// Returns what a panic says.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let literal = panic.downcast_ref::<&'static str>().copied();
     let message = literal.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    Failure::new(FailureKind::Panic, message.unwrap_or("a panic without a message"))
+    message.unwrap_or("a panic without a message")
 }

@@ -1,6 +1,10 @@
 //! The handle that users hold, and the task that supervises a node.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures::future::join_all;
 use tokio::{
@@ -10,12 +14,13 @@ use tokio::{
 };
 
 use crate::{
-    Atom, AtomId, Builder, Call, CallError, Electron, ElectronId, EventKind, EventStream, NodeId,
-    Payload, SendError,
+    Atom, AtomId, Builder, Call, CallError, ConductorId, Electron, ElectronId, EventKind,
+    EventStream, NodeId, Payload, SendError,
     ask::Asker,
     erased, inbox,
-    link::Link,
+    link::{GaveUp, Link},
     node::{Node, Stage},
+    resident,
     worker::{Registered, Worker},
 };
 
@@ -66,8 +71,8 @@ impl Atomizer {
     /// Dropping the call gives up the answer, not the electron.
     #[expect(clippy::needless_pass_by_value, reason = "callers write `call::<Double>(21)`")]
     pub fn call<A: Atom>(&self, input: A::Input) -> Call<'static, A::Output> {
-        let electron =
-            erased::encode(&input).map(|payload| Electron::new(AtomId::of::<A>(), payload));
+        let electron = (erased::encode(&input).map_err(CallError::Encode))
+            .map(|payload| Electron::new(AtomId::of::<A>(), payload));
         Call::new(self.asker(), None, electron, erased::decode)
     }
 
@@ -134,7 +139,9 @@ impl Atomizer {
     /// Serves until SIGTERM or ctrl-c, then drains. A second signal cuts the draining short.
     ///
     /// # Errors
-    /// [`NodeError`] when the node failed.
+    /// [`NodeError`] when the node failed: a program should say so and exit with a code other than 0. A run that
+    /// holds a thread for ever holds up the end of its runtime too; `Runtime::shutdown_background` does not
+    /// wait for it.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the node running.
@@ -169,43 +176,6 @@ impl Atomizer {
     fn asker(&self) -> Asker {
         Asker { node: Arc::clone(&self.node), link: Arc::clone(&self.links[0]) }
     }
-
-    /// Starts a node whose links are open. There is at least one. Returns when each subscription was made, or
-    /// refused for the first time.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the root of a node's tasks; all others are in its sets"
-    )]
-    pub(crate) async fn spawn(
-        node: Node,
-        stage: watch::Sender<Stage>,
-        links: Vec<Arc<Link>>,
-        atoms: &[Registered],
-        drain_timeout: Duration,
-    ) -> Self {
-        let node = Arc::new(node);
-        let (drain, drain_wanted) = watch::channel(None);
-        let (ended_tx, ended) = watch::channel(None);
-        let mut supervisor = Supervisor {
-            node: Arc::clone(&node),
-            stage,
-            workers: JoinSet::new(),
-            inboxes: JoinSet::new(),
-            links: JoinSet::new(),
-            drain_wanted,
-        };
-        let mut tried = Vec::new();
-        for link in &links {
-            supervisor.add(link, atoms, &mut tried);
-        }
-        tokio::spawn(async move {
-            let result = supervisor.run().await;
-            ended_tx.send_replace(Some(result));
-        });
-        // Each is told by being dropped.
-        drop(join_all(tried).await);
-        Self { node, links: links.into(), drain_timeout, drain, ended }
-    }
 }
 
 impl fmt::Debug for Atomizer {
@@ -218,16 +188,56 @@ impl fmt::Debug for Atomizer {
 }
 
 /// Owns all tasks of a node.
-struct Supervisor {
+pub(crate) struct Supervisor {
     node: Arc<Node>,
     stage: watch::Sender<Stage>,
     workers: JoinSet<()>,
+    residents: JoinSet<()>,
     inboxes: JoinSet<()>,
-    links: JoinSet<()>,
+    links: JoinSet<Option<GaveUp>>,
     drain_wanted: watch::Receiver<Option<Duration>>,
+    drain_timeout: Duration,
+    ended: watch::Sender<Option<Result<(), NodeError>>>,
 }
 
 impl Supervisor {
+    /// Starts the tasks of a node whose links are open. There is at least one. Returns when each subscription
+    /// was made, or refused for the first time.
+    pub(crate) async fn start(
+        node: Node,
+        stage: watch::Sender<Stage>,
+        links: Vec<Arc<Link>>,
+        atoms: &[Registered],
+        residents: Vec<resident::Registered>,
+        drain_timeout: Duration,
+    ) -> (Atomizer, Self) {
+        let node = Arc::new(node);
+        let (drain, drain_wanted) = watch::channel(None);
+        let (ended_tx, ended) = watch::channel(None);
+        let mut supervisor = Self {
+            node: Arc::clone(&node),
+            stage,
+            workers: JoinSet::new(),
+            residents: JoinSet::new(),
+            inboxes: JoinSet::new(),
+            links: JoinSet::new(),
+            drain_wanted,
+            drain_timeout,
+            ended: ended_tx,
+        };
+        let mut tried = Vec::new();
+        for link in &links {
+            supervisor.add(link, atoms, &mut tried);
+        }
+        // Each is told by being dropped.
+        drop(join_all(tried).await);
+        let asker = Asker { node: Arc::clone(&node), link: Arc::clone(&links[0]) };
+        for resident in residents {
+            supervisor.residents.spawn(resident::run(asker.clone(), resident));
+        }
+        (Atomizer { node, links: links.into(), drain_timeout, drain, ended }, supervisor)
+    }
+
     fn add(
         &mut self,
         link: &Arc<Link>,
@@ -248,22 +258,33 @@ impl Supervisor {
         self.inboxes.spawn(inbox::run(asker, try_to_subscribe()));
     }
 
-    async fn run(mut self) -> Result<(), NodeError> {
+    /// Runs the node to its end, whatever that is.
+    pub(crate) async fn run(mut self) {
+        let result = self.serve().await;
+        self.ended.send_replace(Some(result));
+    }
+
+    async fn serve(&mut self) -> Result<(), NodeError> {
         let result = tokio::select! {
             limit = drain_limit(&mut self.drain_wanted) => {
                 self.drain(limit).await;
                 Ok(())
             }
-            // These run until they are told to stop: one that ends has panicked.
-            error = first_failure([&mut self.workers, &mut self.inboxes, &mut self.links]) => {
-                tracing::error!(%error, "the node fails");
-                Err(error)
+            report = self.node.critical.raised() => {
+                self.report(&report);
+                self.drain(self.drain_timeout).await;
+                Err(report)
+            }
+            report = failed(&mut self.workers, &mut self.residents, &mut self.inboxes, &mut self.links) => {
+                self.report(&report);
+                Err(report)
             }
         };
         self.enter(Stage::Aborting, || EventKind::Aborting);
+        self.residents.shutdown().await;
         self.workers.join_all_caught().await;
-        self.stage.send_replace(Stage::Closing);
         self.inboxes.shutdown().await;
+        self.stage.send_replace(Stage::Closing);
         self.node.pending.close();
         if timeout(CLOSE_TIMEOUT, self.links.join_all_caught()).await.is_err() {
             tracing::warn!(
@@ -275,19 +296,29 @@ impl Supervisor {
         result
     }
 
+    fn report(&self, report: &NodeError) {
+        tracing::error!(%report, "the node fails");
+        self.node.events.emit(None, || EventKind::Critical { error: report.to_string() });
+    }
+
     async fn drain(&mut self, limit: Duration) {
         self.enter(Stage::Draining, || EventKind::Draining);
+        let workers = &mut self.workers;
+        let residents = &mut self.residents;
         tokio::select! {
-            () = self.workers.join_all_caught() => return,
+            _ = async { tokio::join!(workers.join_all_caught(), residents.join_all_caught()) } => return,
             () = drained_too_long(limit, &mut self.drain_wanted) => {}
         }
         self.enter(Stage::Cancelling, || EventKind::Cancelling);
+        let rest = async {
+            tokio::join!(self.workers.join_all_caught(), self.residents.join_all_caught())
+        };
         // An error says that some did not stop: they are aborted next.
-        drop(timeout(CANCEL_GRACE, self.workers.join_all_caught()).await);
+        drop(timeout(CANCEL_GRACE, rest).await);
     }
 
     fn enter(&self, stage: Stage, event: impl FnOnce() -> EventKind) {
-        if stage == Stage::Aborting && self.workers.is_empty() {
+        if stage == Stage::Aborting && self.workers.is_empty() && self.residents.is_empty() {
             return;
         }
         tracing::debug!(?stage, "entered");
@@ -316,16 +347,40 @@ async fn drained_too_long(limit: Duration, wanted: &mut watch::Receiver<Option<D
     }
 }
 
-/// Waits until a task of these sets ends, which none should.
-async fn first_failure(sets: [&mut JoinSet<()>; 3]) -> NodeError {
-    let [workers, inboxes, links] = sets;
-    let ended = tokio::select! {
-        Some(ended) = workers.join_next() => ended,
-        Some(ended) = inboxes.join_next() => ended,
-        Some(ended) = links.join_next() => ended,
-    };
-    let reason = ended.map_or_else(|error| error.to_string(), |()| "a task ended early".to_owned());
-    NodeError::Supervisor(reason.into())
+/// Waits until the node cannot go on: its last conductor is given up, or a task ends that should not.
+async fn failed(
+    workers: &mut JoinSet<()>,
+    residents: &mut JoinSet<()>,
+    inboxes: &mut JoinSet<()>,
+    links: &mut JoinSet<Option<GaveUp>>,
+) -> NodeError {
+    loop {
+        let ended = tokio::select! {
+            Some(ended) = workers.join_next() => ended,
+            Some(ended) = inboxes.join_next() => ended,
+            Some(ended) = residents.join_next() => match ended {
+                // A resident may be done.
+                Ok(()) => continue,
+                failed => failed,
+            },
+            Some(ended) = links.join_next() => match ended {
+                // Of several conductors, one that fails fails alone.
+                Ok(Some(_)) if !links.is_empty() => continue,
+                Ok(Some(GaveUp { conductor, error, failures, since })) => {
+                    return NodeError::ConductorsGone {
+                        conductor,
+                        error: error.into(),
+                        failures,
+                        since,
+                    };
+                }
+                ended => ended.map(drop),
+            },
+        };
+        let reason =
+            ended.map_or_else(|error| error.to_string(), |()| "a task ended early".to_owned());
+        return NodeError::Supervisor(reason.into());
+    }
 }
 
 trait JoinAllCaught {
@@ -333,16 +388,43 @@ trait JoinAllCaught {
     fn join_all_caught(&mut self) -> impl Future<Output = ()> + Send;
 }
 
-impl JoinAllCaught for JoinSet<()> {
+impl<T: Send + 'static> JoinAllCaught for JoinSet<T> {
     async fn join_all_caught(&mut self) {
         while self.join_next().await.is_some() {}
     }
 }
 
-/// Why a node failed.
+/// Why a node failed: the critical failures. Nothing else ends a node.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NodeError {
+    /// The last conductor is given up: it was gone for [too long](Builder::give_up_after), or panicked too often.
+    #[error(
+        "the last conductor, {conductor}, is given up: {error} (gone since {}, {failures} tries since then)",
+        humantime::format_rfc3339_seconds(*since)
+    )]
+    ConductorsGone {
+        /// Which.
+        conductor: ConductorId,
+        /// What the last try came to.
+        error: Arc<str>,
+        /// How often it was tried since.
+        failures: u32,
+        /// Since when it is gone.
+        since: SystemTime,
+    },
+    /// So many runs do not stop at their time limit that they may hold all threads.
+    #[error(
+        "{stuck} runs do not stop after their time limit, {stuck_max} are too many; the last is {last}"
+    )]
+    Stuck {
+        /// How many.
+        stuck: usize,
+        /// How many are [too many](Builder::stuck_max).
+        stuck_max: usize,
+        /// The atom and the electron of the last one.
+        last: Arc<str>,
+    },
     /// A part of the runtime itself failed: a defect in Atomizer.
     #[error("the runtime failed: {0}")]
     Supervisor(Arc<str>),

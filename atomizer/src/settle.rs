@@ -1,18 +1,14 @@
-//! How an electron ends: what is made safe before it is removed, and what to do when that fails.
+//! How an electron leaves a node: what is made safe before it is removed, and what to do when that fails.
 
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use futures::future::BoxFuture;
-use tokio::time::sleep;
-
 use crate::{
     Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
     Payload, Properties, ReplyTo, SendError, SettleError, Ticket, Unreadable,
     ask::Asker,
-    clock,
     link::SharedSession,
     wire::{Wire, header},
 };
@@ -35,20 +31,51 @@ pub(crate) struct Ending {
 #[derive(Debug)]
 enum Subject {
     Electron {
+        /// As it was when the attempt began.
         electron: Arc<Electron>,
-        took: Duration,
-        started_at: SystemTime,
-        failure: Option<Failure>,
+        spent: Spent,
+        how: How,
     },
     /// A message that is no electron this node can read.
     Unreadable { reason: String },
 }
 
-/// An ending with the right to carry it out and what it emits.
-pub(crate) type Settlement = (Ticket, Vec<Envelope>, Ending);
+/// How an electron leaves, and what there is to say of it.
+#[derive(Debug)]
+enum How {
+    Done,
+    Failed { failure: Failure, dead: bool },
+    Requeued { failure: Failure, wait: Duration },
+    HandedOn { reason: String },
+}
+
+/// When an attempt began, and how long it took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spent {
+    pub(crate) at: SystemTime,
+    pub(crate) took: Duration,
+}
+
+/// An ending with the right to carry it out and what it emits. An electron that was taken for good beforehand
+/// has no ticket any more.
+#[derive(Debug)]
+pub(crate) struct Settlement {
+    pub(crate) ticket: Option<Ticket>,
+    emit: Vec<Envelope>,
+    ending: Ending,
+}
 
 /// What came of settlements.
-pub(crate) type Settled = Vec<(Ending, Result<(), SettleError>)>;
+pub(crate) type Settled = Vec<(Ending, Result<(), Unsettled>)>;
+
+/// Why something is not settled.
+#[derive(Debug)]
+pub(crate) enum Unsettled {
+    /// Another outcome is to be chosen for these.
+    NotSafe { ticket: Option<Ticket>, failed: Vec<(Envelope, SendError)> },
+    /// It is for others to see to: the delivery comes again.
+    Gone(String),
+}
 
 /// What is to follow from the result of one settlement.
 pub(crate) enum Verdict {
@@ -65,13 +92,7 @@ impl Ending {
 
     /// True when a failure may be answered in place of what was too large. It is all that was emitted then.
     fn may_be_told(&self) -> bool {
-        match &self.subject {
-            Subject::Electron { failure: Some(failure), .. } => {
-                failure.kind != FailureKind::AnswerTooLarge
-            }
-            Subject::Electron { failure: None, .. } => true,
-            Subject::Unreadable { .. } => false,
-        }
+        matches!(&self.subject, Subject::Electron { how: How::Done, .. })
     }
 
     fn next_pause(&self) -> Duration {
@@ -80,28 +101,52 @@ impl Ending {
 
     /// Logs what did not go well; the rest is an event only.
     pub(crate) fn log(&self, atom: &AtomId) {
-        match &self.subject {
-            Subject::Electron { electron, failure, .. } => {
-                if let Some(reason) = &self.not_settled {
-                    tracing::warn!(%atom, electron = %electron.id, %reason, "not settled here");
-                } else if let Some(failure) = failure {
-                    tracing::warn!(%atom, electron = %electron.id, %failure, "failed");
-                }
+        let (electron, how) = match &self.subject {
+            Subject::Unreadable { reason } => {
+                return tracing::warn!(%atom, %reason, "unreadable message");
             }
-            Subject::Unreadable { reason } => tracing::warn!(%atom, %reason, "unreadable message"),
+            Subject::Electron { electron, how, .. } => (electron.id, how),
+        };
+        match (&self.not_settled, how) {
+            (Some(reason), _) => tracing::warn!(%atom, %electron, %reason, "not settled here"),
+            (None, How::Failed { failure, .. }) => {
+                tracing::warn!(%atom, %electron, %failure, "failed")
+            }
+            (None, How::Requeued { failure, .. }) => {
+                tracing::warn!(%atom, %electron, %failure, "failed, and is requeued");
+            }
+            (None, How::HandedOn { reason }) => {
+                tracing::debug!(%atom, %electron, %reason, "handed on");
+            }
+            (None, How::Done) => {}
         }
     }
 
     pub(crate) fn into_event(self, atom: AtomId) -> EventKind {
         let unclaimed = self.unclaimed;
-        let (electron, took, failure) = match self.subject {
+        let (of, spent, how) = match self.subject {
             Subject::Unreadable { reason } => return EventKind::Unreadable { atom, reason },
-            Subject::Electron { electron, took, failure, .. } => (electron.id, took, failure),
+            Subject::Electron { electron, spent, how } => (electron, spent, how),
         };
-        match (self.not_settled, failure) {
-            (Some(reason), _) => EventKind::NotSettled { electron, atom, reason },
-            (None, Some(failure)) => EventKind::Failed { electron, atom, failure, unclaimed },
-            (None, None) => EventKind::Completed { electron, atom, took, unclaimed },
+        let (electron, attempt) = (of.id, of.attempts.saturating_add(1));
+        if let Some(reason) = self.not_settled {
+            return EventKind::NotSettled { electron, atom, attempt, reason };
+        }
+        let attempt = match &how {
+            How::Failed { failure, .. } | How::Requeued { failure, .. } => failure.attempt,
+            How::Done | How::HandedOn { .. } => attempt,
+        };
+        match how {
+            How::Done => {
+                EventKind::Completed { electron, atom, attempt, took: spent.took, unclaimed }
+            }
+            How::Failed { failure, dead } => {
+                EventKind::Failed { electron, atom, attempt, failure, dead, unclaimed }
+            }
+            How::Requeued { failure, wait } => {
+                EventKind::Requeued { electron, atom, attempt, failure, wait }
+            }
+            How::HandedOn { reason } => EventKind::HandedOn { electron, atom, attempt, reason },
         }
     }
 }
@@ -114,59 +159,109 @@ pub(crate) struct Settler {
 }
 
 impl Settler {
-    /// The end of an electron that ran, or could not.
-    pub(crate) fn electron(
+    /// The end of an electron whose atom returned an output.
+    pub(crate) fn done(
         &self,
-        ticket: Ticket,
+        ticket: Option<Ticket>,
         electron: Arc<Electron>,
-        started_at: SystemTime,
-        took: Duration,
-        result: Result<Payload, Failure>,
+        spent: Spent,
+        output: Payload,
     ) -> Settlement {
-        let result = result.map_err(|mut failure| {
-            failure.node = Some(self.asker.node.id.clone());
-            failure.attempt = electron.attempts + 1;
-            failure
-        });
-        let failure = result.as_ref().err().cloned();
-        let emit = match &electron.reply_to {
-            Some(reply_to) => {
-                let node = self.asker.node.id.clone();
-                let mut properties = Properties::new(&electron, node, result);
-                properties.started_at = started_at;
-                properties.duration = took;
-                self.answer(reply_to, properties)
-            }
-            None => (failure.clone())
-                .map_or_else(Vec::new, |failure| vec![self.dead(&electron, failure)]),
-        };
-        (ticket, emit, Ending::new(Subject::Electron { electron, took, started_at, failure }))
+        let emit = self.answer(&electron, spent, Ok(output)).into_iter().collect();
+        self.settlement(ticket, emit, electron, spent, How::Done)
     }
 
-    /// What is emitted to answer.
+    /// The end of an electron that failed, or was never begun.
+    pub(crate) fn failed(
+        &self,
+        ticket: Option<Ticket>,
+        electron: Arc<Electron>,
+        spent: Spent,
+        failure: Failure,
+        dead: bool,
+    ) -> Settlement {
+        let mut emit: Vec<_> =
+            self.answer(&electron, spent, Err(failure.clone())).into_iter().collect();
+        if dead {
+            emit.push(self.dead(&electron, failure.clone()));
+        }
+        self.settlement(ticket, emit, electron, spent, How::Failed { failure, dead })
+    }
+
+    /// A failed attempt that another is to follow, elsewhere or later.
+    pub(crate) fn requeued(
+        &self,
+        ticket: Option<Ticket>,
+        electron: Arc<Electron>,
+        spent: Spent,
+        copy: Arc<Electron>,
+        failure: Failure,
+        leave: (Duration, Duration),
+    ) -> Settlement {
+        let (wait, delay) = leave;
+        let emit = vec![copy_of(copy, delay)];
+        self.settlement(ticket, emit, electron, spent, How::Requeued { failure, wait })
+    }
+
+    /// An electron that goes back and is counted as no attempt.
+    pub(crate) fn handed_on(
+        &self,
+        ticket: Option<Ticket>,
+        electron: Arc<Electron>,
+        spent: Spent,
+        copy: Arc<Electron>,
+        reason: String,
+        delay: Duration,
+    ) -> Settlement {
+        let emit = vec![copy_of(copy, delay)];
+        self.settlement(ticket, emit, electron, spent, How::HandedOn { reason })
+    }
+
+    fn settlement(
+        &self,
+        ticket: Option<Ticket>,
+        emit: Vec<Envelope>,
+        electron: Arc<Electron>,
+        spent: Spent,
+        how: How,
+    ) -> Settlement {
+        let ending = Ending::new(Subject::Electron { electron, spent, how });
+        Settlement { ticket, emit, ending }
+    }
+
+    /// What is emitted to answer, if anybody asked.
     ///
     /// An asker that waits in this very process is handed its answer here: that is as safe as it can be, for
     /// whatever ends this process ends the asker too. It saves the way through the queue.
-    fn answer(&self, reply_to: &ReplyTo, properties: Properties) -> Vec<Envelope> {
+    fn answer(
+        &self,
+        electron: &Electron,
+        spent: Spent,
+        outcome: Result<Payload, Failure>,
+    ) -> Option<Envelope> {
+        let reply_to = electron.reply_to.as_ref()?;
         let Asker { node, link } = &self.asker;
+        let mut properties = Properties::new(electron, node.id.clone(), outcome);
+        properties.started_at = spent.at;
+        properties.duration = spent.took;
         let bytes = properties.outcome.as_ref().map_or(0, |payload| payload.body.len());
         if reply_to != link.reply_to() || bytes > link.limits().payload_bytes_max {
-            return vec![Envelope::new(Address::Reply(reply_to.clone()), properties.into())];
+            return Some(Envelope::new(Address::Reply(reply_to.clone()), properties.into()));
         }
         node.answer(link.id(), properties.into());
-        Vec::new()
-    }
-
-    /// The end of an electron that lies in the queue of another atom than its own.
-    pub(crate) fn misdirected(&self, ticket: Ticket, electron: Arc<Electron>) -> Settlement {
-        let message = format!("{} is not {}, whose queue this is", electron.atom, self.atom);
-        let failure = Failure::new(FailureKind::UnknownAtom, message);
-        self.electron(ticket, electron, clock::now(), Duration::ZERO, Err(failure))
+        None
     }
 
     /// The end of a message that is not an electron: it goes to the dead letters, whole and with the reason.
     /// Who asks for an answer is told.
     pub(crate) fn unreadable(&self, ticket: Ticket, message: Message) -> Settlement {
+        let (emit, reason) = self.aside(message);
+        let ending = Ending::new(Subject::Unreadable { reason });
+        Settlement { ticket: Some(ticket), emit, ending }
+    }
+
+    /// What is emitted for a message that is not an electron, and why.
+    pub(crate) fn aside(&self, message: Message) -> (Vec<Envelope>, String) {
         let (message, reason) = match message {
             Message::Unreadable(unreadable) => {
                 let Unreadable { mut wire, reason } = Arc::unwrap_or_clone(unreadable);
@@ -192,23 +287,23 @@ impl Settler {
             emit.push(Envelope::new(to, answer.into()));
         }
         emit.push(Envelope::new(Address::DeadLetter(self.atom.clone()), message));
-        (ticket, emit, Ending::new(Subject::Unreadable { reason }))
+        (emit, reason)
     }
 
     fn dead(&self, electron: &Electron, failure: Failure) -> Envelope {
         let mut electron = electron.clone();
-        electron.attempts += 1;
-        electron.history.push(failure);
+        electron.attempts = electron.attempts.saturating_add(1);
+        electron.remember(failure);
         Envelope::new(Address::DeadLetter(self.atom.clone()), electron.into())
     }
 
     /// Decides what a settlement's result means.
-    pub(crate) fn decide(&self, mut ending: Ending, result: Result<(), SettleError>) -> Verdict {
+    pub(crate) fn decide(&self, mut ending: Ending, result: Result<(), Unsettled>) -> Verdict {
         let (ticket, failed) = match result {
             Ok(()) => return Verdict::Ended(ending),
-            Err(SettleError::NotSafe { ticket, failed }) => (ticket, failed),
-            Err(error) => {
-                ending.not_settled = Some(error.to_string());
+            Err(Unsettled::NotSafe { ticket, failed }) => (ticket, failed),
+            Err(Unsettled::Gone(reason)) => {
+                ending.not_settled = Some(reason);
                 return Verdict::Ended(ending);
             }
         };
@@ -224,11 +319,7 @@ impl Settler {
                 // finished with; a failure nobody is told of must not be silent.
                 (Address::Reply(_), SendError::Unroutable(_) | SendError::TooLarge { .. }) => {
                     ending.unclaimed = true;
-                    if let Subject::Electron { electron, failure: Some(failure), .. } =
-                        &ending.subject
-                    {
-                        emit.push(self.dead(electron, failure.clone()));
-                    }
+                    emit.extend(self.dead_instead(&mut ending));
                 }
                 // Where dead letters or a copy cannot be put now, they can be later: it is never dropped.
                 (_, error) => {
@@ -239,15 +330,30 @@ impl Settler {
             }
         }
         ending.tries += 1;
-        let settlement = (ticket, emit, ending);
-        Verdict::Again { settlement, after }
+        Verdict::Again { settlement: Settlement { ticket, emit, ending }, after }
+    }
+
+    /// The dead letter of a failure that its asker cannot be told of. Who set a deadline and went does not want
+    /// one.
+    fn dead_instead(&self, ending: &mut Ending) -> Option<Envelope> {
+        match &mut ending.subject {
+            Subject::Electron { electron, how: How::Failed { failure, dead }, .. }
+                if !*dead && failure.kind != FailureKind::Expired =>
+            {
+                *dead = true;
+                Some(self.dead(electron, failure.clone()))
+            }
+            _ => None,
+        }
     }
 
     /// Answers with a failure in place of what cannot be answered.
-    fn instead(&self, ticket: Ticket, ending: Ending, failure: Failure) -> Verdict {
+    fn instead(&self, ticket: Option<Ticket>, ending: Ending, mut failure: Failure) -> Verdict {
         let settlement = match ending.subject {
-            Subject::Electron { electron, took, started_at, .. } => {
-                self.electron(ticket, electron, started_at, took, Err(failure))
+            Subject::Electron { electron, spent, .. } => {
+                failure.node = Some(self.asker.node.id.clone());
+                failure.attempt = electron.attempts.saturating_add(1);
+                self.failed(ticket, electron, spent, failure, false)
             }
             Subject::Unreadable { .. } => unreachable!("`may_be_told` says so of electrons only"),
         };
@@ -255,27 +361,54 @@ impl Settler {
     }
 }
 
+fn copy_of(copy: Arc<Electron>, delay: Duration) -> Envelope {
+    Envelope::new(Address::Atom(copy.atom.clone()), Message::Electron(copy)).after(delay)
+}
+
 /// Settles a batch through a session. Without one the tickets are released: the session they came from is
-/// gone, so the electrons come again.
-pub(crate) fn settle(
+/// gone, so the electrons come again. What was taken for good is answered through whichever session is open.
+pub(crate) async fn settle(
+    asker: Asker,
     session: Option<SharedSession>,
     batch: Vec<Settlement>,
-    after: Duration,
-) -> BoxFuture<'static, Settled> {
-    Box::pin(async move {
-        if !after.is_zero() {
-            sleep(after).await;
+) -> Settled {
+    let mut settled = Vec::new();
+    let mut endings = Vec::with_capacity(batch.len());
+    let mut outcomes = Vec::with_capacity(batch.len());
+    for Settlement { ticket, emit, ending } in batch {
+        match ticket {
+            Some(ticket) => {
+                endings.push(ending);
+                outcomes.push((ticket, Outcome::done(emit)));
+            }
+            None => {
+                let failed = failed_to_send(&asker, emit).await;
+                let sent = failed.is_empty().then_some(());
+                settled.push((ending, sent.ok_or(Unsettled::NotSafe { ticket: None, failed })));
+            }
         }
-        let mut endings = Vec::with_capacity(batch.len());
-        let mut outcomes = Vec::with_capacity(batch.len());
-        for (ticket, emit, ending) in batch {
-            endings.push(ending);
-            outcomes.push((ticket, Outcome::done(emit)));
-        }
-        let Some(session) = session else {
-            return endings.into_iter().map(|ending| (ending, Err(SettleError::Stale))).collect();
-        };
-        let results = session.settle(outcomes).await;
-        endings.into_iter().zip(results).collect()
-    })
+    }
+    if endings.is_empty() {
+        return settled;
+    }
+    let results = match session {
+        Some(session) => asker.link.settle(&session, outcomes).await,
+        None => outcomes.iter().map(|_| Err(SettleError::Stale)).collect(),
+    };
+    let results = results.into_iter().map(|result| {
+        result.map_err(|error| match error {
+            SettleError::NotSafe { ticket, failed } => {
+                Unsettled::NotSafe { ticket: Some(ticket), failed }
+            }
+            gone => Unsettled::Gone(gone.to_string()),
+        })
+    });
+    settled.extend(endings.into_iter().zip(results));
+    settled
+}
+
+async fn failed_to_send(asker: &Asker, emit: Vec<Envelope>) -> Vec<(Envelope, SendError)> {
+    let results = asker.link.send(&emit).await;
+    let results = emit.into_iter().zip(results);
+    results.filter_map(|(envelope, result)| Some((envelope, result.err()?))).collect()
 }
