@@ -62,7 +62,11 @@ impl Stored {
 }
 
 impl Queue {
-    pub(super) fn ring(&self) {
+    /// Rings for all, each time for another one first: who hears it first is served first.
+    pub(super) fn ring(&mut self) {
+        if self.subscribers.len() > 1 {
+            self.subscribers.rotate_left(1);
+        }
         for bell in &self.subscribers {
             bell.notify_one();
         }

@@ -353,6 +353,16 @@ struct MemorySubscription {
 }
 
 impl MemorySubscription {
+    /// Makes ready what is due, and lets the others look first: they have waited for the same moment, and
+    /// whoever's timer is the first would have it each time.
+    async fn ripen(&self) {
+        if let Some(queue) = self.lane.broker.lock().queues.get_mut(&self.lane.queue) {
+            queue.ripen();
+            queue.ring();
+        }
+        tokio::task::yield_now().await;
+    }
+
     /// Returns what is ready, or when something kept back will be.
     fn try_next(
         &self,
@@ -401,7 +411,7 @@ impl Subscription for MemorySubscription {
             match due {
                 Some(due) => tokio::select! {
                     () = rung => {}
-                    () = sleep_until(due) => {}
+                    () = sleep_until(due) => self.ripen().await,
                 },
                 None => rung.await,
             }

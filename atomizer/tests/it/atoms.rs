@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use atomizer::{Event, EventKind, EventStream, prelude::*};
+use atomizer::{Builder, Event, EventKind, EventStream, prelude::*};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
@@ -101,4 +101,11 @@ pub(crate) async fn until(events: &mut EventStream, fits: impl Fn(&EventKind) ->
 
 pub(crate) fn started(kind: &EventKind) -> bool {
     matches!(kind, EventKind::Started { .. })
+}
+
+/// Starts a node, and sees its events from the first on.
+pub(crate) async fn watched(builder: Builder) -> (Atomizer, EventStream) {
+    let (hand_over, events) = tokio::sync::oneshot::channel();
+    let builder = builder.watch(|events| hand_over.send(events).expect("the test waits for it"));
+    (builder.start().await.unwrap(), events.await.unwrap())
 }

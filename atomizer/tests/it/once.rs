@@ -1,0 +1,88 @@
+//! At most once, for atoms that ask for it.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use atomizer::{CallError, EventKind, prelude::*};
+
+use crate::atoms::{Gated, started, until};
+
+fn at_most_once() -> Gated {
+    Gated::new(Options::default().at_most_once())
+}
+
+async fn node(memory: &Memory, atom: &Gated) -> Atomizer {
+    Atomizer::builder().conductor(memory.clone()).atom(atom.clone()).start().await.unwrap()
+}
+
+/// The session is lost while it runs: nothing comes again, and the answer goes through the next session.
+#[tokio::test]
+async fn what_runs_at_most_once_does_not_come_again_and_is_answered() {
+    let memory = Memory::new();
+    let (first, second) = (at_most_once(), at_most_once());
+    let running = node(&memory, &first).await;
+    let mut events = running.events();
+    let asker = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    let call = tokio::spawn(asker.call::<Gated>(7).into_future());
+    until(&mut events, started).await;
+    let other = node(&memory, &second).await;
+    memory.cut();
+    let opened = |kind: &EventKind| matches!(kind, EventKind::Subscribed { atom: Some(_) });
+    until(&mut events, opened).await;
+    // Were it in its queue again, it would come before this one.
+    second.open(1);
+    first.open(2);
+    asker.call::<Gated>(8).await.unwrap();
+    assert_eq!(call.await.unwrap().unwrap(), 7);
+    let all =
+        first.running_most.load(Ordering::SeqCst) + second.running_most.load(Ordering::SeqCst);
+    assert!(all <= 2, "each ran once: {all}");
+    other.drain().await.unwrap();
+    running.drain().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_runs_at_most_once_has_left_its_queue_when_it_begins() {
+    let memory = Memory::new();
+    let atom = at_most_once();
+    let running = node(&memory, &atom).await;
+    let mut events = running.events();
+    running.send::<Gated>(7).await.unwrap();
+    until(&mut events, started).await;
+    // As if it were killed: what ran does not come again.
+    drop((running, events));
+    let heir = at_most_once();
+    heir.open(1);
+    let second = node(&memory, &heir).await;
+    let mut events = second.events();
+    second.send::<Gated>(8).await.unwrap();
+    until(&mut events, |kind| matches!(kind, EventKind::Completed { .. })).await;
+    second.drain().await.unwrap();
+    assert_eq!(heir.running_most.load(Ordering::SeqCst), 1);
+    assert_eq!(heir.gate.available_permits(), 0, "one ran");
+}
+
+/// That an attempt failed is known: what the policy allows then is no second run of the same attempt.
+#[tokio::test(start_paused = true)]
+async fn what_runs_at_most_once_may_be_tried_again_when_it_failed() {
+    struct Once;
+    impl Atom for Once {
+        const ID: &'static str = "once";
+        type Input = ();
+        type Output = u32;
+        fn options(&self) -> Options {
+            let policy = Policy::retry(1).then_requeue(1).backoff(Backoff::none());
+            Options::default().at_most_once().policy(policy)
+        }
+        async fn process(&self, cx: &Context, (): ()) -> Result<u32> {
+            match cx.attempt() {
+                3 => Ok(3),
+                attempt => Err(AtomError::msg(format!("failure {attempt}"))),
+            }
+        }
+    }
+    let atomizer = Atomizer::builder().conductor(Memory::new()).atom(Once).start().await.unwrap();
+    let call = atomizer.call::<Once>(()).deadline(Duration::from_secs(60));
+    assert_eq!(call.await.unwrap(), 3);
+    let failing = atomizer.call::<Once>(()).policy(Policy::fail()).await;
+    assert!(matches!(failing, Err(CallError::Failed(_))), "{failing:?}");
+}
