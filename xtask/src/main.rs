@@ -5,6 +5,7 @@ mod cargo;
 mod ci;
 mod counts;
 mod install;
+mod sabotage;
 mod stream;
 mod test;
 
@@ -31,6 +32,7 @@ Examples:
   cargo xtask test                    run every test
   cargo xtask test -- outage          run the tests whose names contain \"outage\"
   cargo xtask ci                      do everything that is checked before a merge
+  cargo xtask sabotage                break the code on purpose, and see whether the tests notice
   cargo xtask bench in-process --help say what the benchmark can do"
 )]
 struct Arguments {
@@ -55,6 +57,20 @@ enum Command {
     /// Formatting, clippy, documentation, licences and sources of dependencies (with cargo-deny,
     /// where it is installed), the tests, and the first command of the README.
     Ci,
+    /// Breaks the code on purpose, and sees whether the tests notice.
+    ///
+    /// Each patch in tests/sabotage breaks one promise and names the test that has to notice: it must pass
+    /// without the patch, and fail (or not end within 2 minutes) with it. A patch that does not apply, code
+    /// that does not build with it, and a test that is not there are errors.
+    ///
+    /// All of it is done in a copy of the working tree as it is, in the folder for temporary files, which is
+    /// gone afterwards, even after an interrupt. What is built stays in `sabotage` in cargo's target folder,
+    /// and so does the output of each test, as NAME.log. `cargo test` runs the tests, also where cargo-nextest
+    /// is installed: it is one at a time. Tests that need a broker get a private RabbitMQ.
+    ///
+    /// The last line of the output is `caught N of N`: how many of how many patches. It fails unless all are
+    /// caught, and there is one.
+    Sabotage(sabotage::Options),
     /// Measures how fast things are.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -64,6 +80,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Test(options) => test::run(&options),
         Command::Ci => ci::run(),
+        Command::Sabotage(options) => sabotage::run(&options),
         Command::Bench(bench) => bench::run(&bench),
     };
     match result {

@@ -24,12 +24,18 @@
 //! ```
 //!
 //! The prose of the contract is in the docs of [`atomizer::Conductor`] and of the traits beside it.
+//!
+//! [`Faulty`] is for the other side of the seam: it wraps a conductor and breaks the contract on demand, to
+//! show what a node, or an atom on it, makes of that.
 
 pub mod contract;
+mod faulty;
 mod node;
 
 use async_trait::async_trait;
 use atomizer::Conductor;
+
+pub use faulty::{Fault, Faults, Faulty, Op};
 
 /// What a conductor under test needs around it. Each test gets a world of its own, with nothing in it.
 #[async_trait]
