@@ -102,10 +102,26 @@ impl Asker {
     }
 
     /// Makes an electron safe. The caller bounds the time.
-    pub(crate) async fn send(&self, electron: Arc<Electron>) -> Result<(), SendError> {
+    async fn send(&self, electron: Arc<Electron>) -> Result<(), SendError> {
         let to = Address::Atom(electron.atom.clone());
         let envelope = Envelope::new(to, Message::Electron(electron));
         self.link.send(&[envelope]).await.pop().unwrap_or(Ok(()))
+    }
+
+    /// Makes an electron safe that nobody waits for.
+    pub(crate) async fn send_bounded(
+        &self,
+        mut electron: Electron,
+    ) -> Result<ElectronId, CallError> {
+        const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+        electron.sender = Some(self.node.id.clone());
+        let id = electron.id;
+        let sent = timeout(SEND_TIMEOUT, self.send(electron.into())).await.unwrap_or_else(|_| {
+            let reason = format!("no confirmation within {SEND_TIMEOUT:?}");
+            Err(SendError::Unknown(reason))
+        });
+        sent.map_err(|source| CallError::NotSent { id, source })?;
+        Ok(id)
     }
 
     async fn ask(

@@ -13,7 +13,7 @@
 //! Whoever writes a conductor runs the tests of `atomizer-conformance` against it: they are the contract,
 //! and the docs here are its prose.
 
-use std::{fmt, num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{fmt, num::NonZeroUsize, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use uuid::Uuid;
@@ -271,7 +271,13 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         if let Some(release) = self.release.take() {
-            release.release(self.channel, self.key);
+            let (channel, key) = (self.channel, self.key);
+            // A conductor that panics here must not take a whole node with it: the end of its session gives
+            // everything back.
+            let released = AssertUnwindSafe(|| release.release(channel, key));
+            if std::panic::catch_unwind(released).is_err() {
+                tracing::error!(ticket = ?self, "a conductor panicked while it took a delivery back");
+            }
         }
     }
 }

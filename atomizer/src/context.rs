@@ -11,8 +11,8 @@ use std::{
 use tokio::time::Instant;
 
 use crate::{
-    Atom, AtomId, Call, CallError, Electron, Failure, FanOut, Kind, NodeId, Parent, Payload,
-    admission::Slot, ask::Asker, erased, node::Stage,
+    Atom, AtomId, Call, CallError, Electron, ElectronId, Failure, FanOut, Kind, NodeId, Parent,
+    Payload, admission::Slot, ask::Asker, erased, node::Stage,
 };
 
 /// One run of one electron, as its atom sees it.
@@ -109,6 +109,24 @@ impl Context {
     pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<'_, Payload> {
         let electron = self.next_child(atom, payload);
         Call::new(self.asker.clone(), Some(&self.slot), electron, |payload| Ok(payload.clone()))
+    }
+
+    /// Sends an electron that nobody waits for, at once: whether this run succeeds or not. When this returns it
+    /// is safe.
+    ///
+    /// It is a child all the same: a second life of this run sends it again under the same id.
+    ///
+    /// # Errors
+    /// [`CallError::NotSent`] when that is not known within 30 s, and [`CallError::Encode`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves unknown whether the electron was sent.
+    pub async fn spawn_now<A: Atom>(&self, input: A::Input) -> Result<ElectronId, CallError> {
+        let payload = erased::encode(&input).map_err(CallError::Encode)?;
+        let mut child = self.next_child(AtomId::of::<A>(), payload)?;
+        // Nobody waits for it, so nobody stops waiting.
+        child.deadline = None;
+        self.asker.send_bounded(child).await
     }
 
     /// Asks one atom for each input, a window of them at a time, and combines what comes back.

@@ -111,6 +111,11 @@ impl Intake {
                         }
                     };
                     match taken {
+                        // Not taken for an answer: asked again at once it would be a hot loop.
+                        Ok(deliveries) if deliveries.is_empty() => {
+                            self.lost(&SessionError::lost("a delivery of nothing"));
+                            return Taken::Lost;
+                        }
                         Ok(deliveries) => return Taken::Deliveries(deliveries),
                         Err(error) => {
                             self.lost(&error);

@@ -188,8 +188,8 @@ impl State {
     /// Where a fact leads; none where it cannot happen.
     pub(crate) fn next(self, fact: Fact) -> Option<Self> {
         Some(match (self, fact) {
-            (Self::Running, Fact::Lost) => Self::Running,
-            (_, Fact::Lost) => Self::Gone,
+            // It goes on, and is adopted when it comes again.
+            (Self::Running, Fact::Lost) | (Self::Ready, Fact::Admitted) => Self::Running,
             (Self::Avoiding { .. }, Fact::Served { elsewhere: true, passes }) => {
                 Self::Leaving(Leave::HandedOn(pass_wait(passes)))
             }
@@ -197,12 +197,12 @@ impl State {
                 Self::untried(suspect)
             }
             (Self::Suspect, Fact::Written) | (Self::Pausing(_), Fact::Rested) => Self::Ready,
-            (Self::Ready, Fact::Admitted) => Self::Running,
             (Self::Ready, Fact::Expired { asked }) => Self::Leaving(Leave::Failed { dead: !asked }),
             (Self::Running, Fact::Succeeded) => Self::Leaving(Leave::Done),
             (Self::Pausing(wait), Fact::Draining) => Self::Leaving(Leave::HandedOn(wait)),
             // What has not begun is given back as it came.
-            (Self::Avoiding { .. } | Self::Suspect | Self::Ready, Fact::Draining) => Self::Gone,
+            (Self::Avoiding { .. } | Self::Suspect | Self::Ready, Fact::Draining)
+            | (_, Fact::Lost) => Self::Gone,
             _ => return None,
         })
     }
@@ -334,7 +334,7 @@ mod tests {
             let mut stale = false;
             loop {
                 let luck = self.luck();
-                if let Luck::Killed { after: false } = luck {
+                if luck == (Luck::Killed { after: false }) {
                     return again(stored);
                 }
                 if let Luck::Lost { here } = luck {

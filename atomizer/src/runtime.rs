@@ -15,7 +15,7 @@ use tokio::{
 
 use crate::{
     Atom, AtomId, Builder, Call, CallError, ConductorId, Electron, ElectronId, EventKind,
-    EventStream, NodeId, Payload, SendError,
+    EventStream, NodeId, Payload,
     ask::Asker,
     erased, inbox,
     link::{GaveUp, Link},
@@ -108,18 +108,8 @@ impl Atomizer {
     ///
     /// # Cancel safety
     /// As [`send`](Self::send).
-    pub async fn send_electron(&self, mut electron: Electron) -> Result<ElectronId, CallError> {
-        const SEND_TIMEOUT: Duration = Duration::from_secs(30);
-        electron.sender = Some(self.node.id.clone());
-        let id = electron.id;
-        let asker = self.asker();
-        let sending = timeout(SEND_TIMEOUT, asker.send(electron.into()));
-        let sent = sending.await.unwrap_or_else(|_| {
-            let reason = format!("no confirmation within {SEND_TIMEOUT:?}");
-            Err(SendError::Unknown(reason))
-        });
-        sent.map_err(|source| CallError::NotSent { id, source })?;
-        Ok(id)
+    pub async fn send_electron(&self, electron: Electron) -> Result<ElectronId, CallError> {
+        self.asker().send_bounded(electron).await
     }
 
     /// Takes no more electrons, finishes what runs, gives back the rest, and closes.

@@ -65,6 +65,19 @@ pub(crate) struct Settlement {
     ending: Ending,
 }
 
+impl Settlement {
+    fn new(
+        ticket: Option<Ticket>,
+        emit: Vec<Envelope>,
+        electron: Arc<Electron>,
+        spent: Spent,
+        how: How,
+    ) -> Self {
+        let ending = Ending::new(Subject::Electron { electron, spent, how });
+        Self { ticket, emit, ending }
+    }
+}
+
 /// What came of settlements.
 pub(crate) type Settled = Vec<(Ending, Result<(), Unsettled>)>;
 
@@ -168,7 +181,7 @@ impl Settler {
         output: Payload,
     ) -> Settlement {
         let emit = self.answer(&electron, spent, Ok(output)).into_iter().collect();
-        self.settlement(ticket, emit, electron, spent, How::Done)
+        Settlement::new(ticket, emit, electron, spent, How::Done)
     }
 
     /// The end of an electron that failed, or was never begun.
@@ -185,48 +198,7 @@ impl Settler {
         if dead {
             emit.push(self.dead(&electron, failure.clone()));
         }
-        self.settlement(ticket, emit, electron, spent, How::Failed { failure, dead })
-    }
-
-    /// A failed attempt that another is to follow, elsewhere or later.
-    pub(crate) fn requeued(
-        &self,
-        ticket: Option<Ticket>,
-        electron: Arc<Electron>,
-        spent: Spent,
-        copy: Arc<Electron>,
-        failure: Failure,
-        leave: (Duration, Duration),
-    ) -> Settlement {
-        let (wait, delay) = leave;
-        let emit = vec![copy_of(copy, delay)];
-        self.settlement(ticket, emit, electron, spent, How::Requeued { failure, wait })
-    }
-
-    /// An electron that goes back and is counted as no attempt.
-    pub(crate) fn handed_on(
-        &self,
-        ticket: Option<Ticket>,
-        electron: Arc<Electron>,
-        spent: Spent,
-        copy: Arc<Electron>,
-        reason: String,
-        delay: Duration,
-    ) -> Settlement {
-        let emit = vec![copy_of(copy, delay)];
-        self.settlement(ticket, emit, electron, spent, How::HandedOn { reason })
-    }
-
-    fn settlement(
-        &self,
-        ticket: Option<Ticket>,
-        emit: Vec<Envelope>,
-        electron: Arc<Electron>,
-        spent: Spent,
-        how: How,
-    ) -> Settlement {
-        let ending = Ending::new(Subject::Electron { electron, spent, how });
-        Settlement { ticket, emit, ending }
+        Settlement::new(ticket, emit, electron, spent, How::Failed { failure, dead })
     }
 
     /// What is emitted to answer, if anybody asked.
@@ -361,8 +333,31 @@ impl Settler {
     }
 }
 
-fn copy_of(copy: Arc<Electron>, delay: Duration) -> Envelope {
-    Envelope::new(Address::Atom(copy.atom.clone()), Message::Electron(copy)).after(delay)
+/// An electron that goes back: a copy is safe before this delivery is removed.
+pub(crate) fn put_back(
+    ticket: Option<Ticket>,
+    electron: Arc<Electron>,
+    spent: Spent,
+    copy: Electron,
+    delay: Duration,
+    why: &Why,
+) -> Settlement {
+    let to = Address::Atom(copy.atom.clone());
+    let emit = vec![Envelope::new(to, copy.into()).after(delay)];
+    let how = match why.clone() {
+        Why::Failed { failure, wait } => How::Requeued { failure, wait },
+        Why::Untried(reason) => How::HandedOn { reason },
+    };
+    Settlement::new(ticket, emit, electron, spent, how)
+}
+
+/// Why an electron goes back.
+#[derive(Clone, Debug)]
+pub(crate) enum Why {
+    /// Its attempt failed and another is to follow, elsewhere or later.
+    Failed { failure: Failure, wait: Duration },
+    /// It is counted as no attempt.
+    Untried(String),
 }
 
 /// Settles a batch through a session. Without one the tickets are released: the session they came from is

@@ -30,7 +30,7 @@ use crate::{
     link::SharedSession,
     node::Stage,
     run::{Report, Reported, Run, RunId, RunResult, Start},
-    settle::{Settled, Settlement, Settler, Spent, Verdict, settle},
+    settle::{Settled, Settlement, Settler, Spent, Verdict, Why, put_back, settle},
 };
 
 /// An atom as a node knows it; shared by the workers of all its conductors.
@@ -721,52 +721,34 @@ impl Worker {
 
     /// Puts an electron back, its failed attempt counted.
     fn requeue(&self, held: Held, began: Began, failure: Failure, wait: Duration) {
-        let spent = began.spent(Instant::now());
-        let (delay, rest) = self.delay(wait);
-        let now = Instant::now();
-        let mut batch = Vec::new();
-        let deadline = held.left(now);
-        for (electron, ticket) in held.deliveries() {
-            let mut copy = Electron::clone(&electron);
-            copy.attempts = failure.attempt;
-            copy.deadline = deadline;
-            // A pause that the drain cut short has put it in already.
-            if copy.history.last() != Some(&failure) {
-                copy.remember(failure.clone());
-            }
-            let (copy, failure) = (Arc::new(copy), failure.clone());
-            batch.push(self.settler.requeued(
-                ticket,
-                electron,
-                spent,
-                copy,
-                failure,
-                (wait, delay),
-            ));
-        }
-        self.settle_after(rest, batch);
+        self.put_back(held, began, wait, &Why::Failed { failure, wait });
     }
 
     /// Puts an electron back, no attempt counted.
     fn hand_on(&self, held: Held, began: Began, wait: Duration, reason: String) {
-        let spent = began.spent(Instant::now());
+        self.put_back(held, began, wait, &Why::Untried(reason));
+    }
+
+    fn put_back(&self, held: Held, began: Began, wait: Duration, why: &Why) {
+        let now = Instant::now();
+        let (spent, deadline) = (began.spent(now), held.left(now));
         let (delay, rest) = self.delay(wait);
-        let deadline = held.left(Instant::now());
-        let mut batch = Vec::new();
-        for (electron, ticket) in held.deliveries() {
+        let batch = held.deliveries().map(|(electron, ticket)| {
             let mut copy = Electron::clone(&electron);
-            copy.passes = copy.passes.saturating_add(1);
             copy.deadline = deadline;
-            let reason = reason.clone();
-            batch.push(self.settler.handed_on(
-                ticket,
-                electron,
-                spent,
-                Arc::new(copy),
-                reason,
-                delay,
-            ));
-        }
+            match why {
+                Why::Untried(_) => copy.passes = copy.passes.saturating_add(1),
+                Why::Failed { failure, .. } => {
+                    copy.attempts = failure.attempt;
+                    // A pause that the drain cut short has put it in already.
+                    if copy.history.last() != Some(failure) {
+                        copy.remember(failure.clone());
+                    }
+                }
+            }
+            put_back(ticket, electron, spent, copy, delay, why)
+        });
+        let batch = batch.collect();
         self.settle_after(rest, batch);
     }
 
