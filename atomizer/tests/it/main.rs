@@ -19,5 +19,6 @@ mod once;
 mod policies;
 mod raw;
 mod start;
+mod supervision;
 mod suspects;
 mod threads;

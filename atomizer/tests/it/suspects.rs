@@ -10,7 +10,7 @@ use atomizer::{
 use crate::atoms::{Gated, started, until, watched};
 
 /// As many nodes that take what there is and die: each delivery is one more.
-async fn killed_with_it(memory: &Memory, atom: AtomId, times: usize) {
+pub(crate) async fn killed_with_it(memory: &Memory, atom: AtomId, times: usize) {
     for _ in 0..times {
         let session = memory.open(&NodeId::unique("killed").unwrap()).await.unwrap();
         let many = NonZeroUsize::new(100).unwrap();
