@@ -564,7 +564,7 @@ pub async fn parking_is_for_tickets_of_the_session(world: &impl World) {
 pub async fn a_dropped_parking_gives_the_electron_back(world: &impl World) {
     let node = Node::new(world, "node").await;
     let mut taker = node.take(1).await;
-    for polls in (0..9).map(|power| 1 << power) {
+    for polls in (0..16).map(|power| 1 << power) {
         let id = node.send_text("parked").await;
         let (before, delivery) = until(&mut taker, &node, id).await;
         let mut changed = Electron::clone(&before);
