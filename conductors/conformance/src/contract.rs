@@ -600,16 +600,23 @@ async fn until(taker: &mut Taker, node: &Node, id: ElectronId) -> (Arc<Electron>
 
 /// Taken is taken: no fault brings it back.
 pub async fn what_is_taken_does_not_come_again(world: &impl World) {
+    const COUNT: usize = 200;
     let node = Node::new(world, "node").await;
-    let mut taker = node.take(3).await;
-    for _ in 0..3 {
-        node.send_text("taken").await;
+    let mut taker = node.take(COUNT).await;
+    for number in 0..COUNT {
+        node.send_text(&number.to_string()).await;
     }
     let mut batch = Vec::new();
-    for _ in 0..3 {
-        batch.push((taker.one().await.ticket, Outcome::take()));
+    while batch.len() < COUNT {
+        let deliveries = taker.up_to(COUNT).await;
+        batch.extend(deliveries.into_iter().map(|delivery| (delivery.ticket, Outcome::take())));
     }
+    // Without the first, no removal can stand for all of them.
+    let first = batch.remove(0);
     for taken in soon("taking", node.session.settle(batch)).await {
+        taken.expect("it is taken");
+    }
+    for taken in soon("taking", node.session.settle(vec![first])).await {
         taken.expect("it is taken");
     }
     world.cut().await;

@@ -68,10 +68,6 @@ impl Leases {
         })
     }
 
-    fn lose_track(&self) {
-        self.unknown.store(true, Ordering::SeqCst);
-    }
-
     /// From now on nothing is parked any more.
     pub(crate) fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
@@ -89,14 +85,17 @@ impl Leases {
         emptied && !self.unknown.load(Ordering::SeqCst)
     }
 
+    /// Makes room for a copy that is about to be published.
+    ///
     /// # Errors
     /// [`SendError::NotTaken`] when too many are parked, or the session is closing.
-    fn enter(&self) -> Result<OwnedSemaphorePermit, SendError> {
+    fn enter(self: &Arc<Self>, copy: &Envelope) -> Result<Parked, SendError> {
         let full = |_| SendError::NotTaken(format!("{PARKED_MAX} electrons are parked"));
         let permit = Arc::clone(&self.room).try_acquire_owned().map_err(full)?;
         // In this order: who closes waits for permits that are out, and lets nobody in after that.
         self.check_open()?;
-        Ok(permit)
+        let leases = Arc::clone(self);
+        Ok(Parked { copy: copy.clone(), gone: false, leases, _permit: permit })
     }
 }
 
@@ -123,12 +122,31 @@ struct Await {
     arrived: oneshot::Sender<Ticket>,
 }
 
-/// An electron in the lease queue.
+/// An electron in the lease queue. Unless it is said to be [gone](Self::gone), it may be there still when this
+/// is dropped.
 #[derive(Debug)]
 pub(crate) struct Parked {
     /// What to publish to give it back.
     copy: Envelope,
+    gone: bool,
+    leases: Arc<Leases>,
     _permit: OwnedSemaphorePermit,
+}
+
+impl Parked {
+    /// Says that it is acknowledged, or was never published.
+    fn gone(mut self) {
+        self.gone = true;
+    }
+}
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        // Before the permit is returned: with the last of them, the queue passes for empty.
+        if !self.gone {
+            self.leases.unknown.store(true, Ordering::SeqCst);
+        }
+    }
 }
 
 impl Lease {
@@ -158,11 +176,12 @@ impl Lease {
     /// # Errors
     /// [`SendError::NotTaken`] when too many are parked, or nothing can be any more.
     pub(crate) fn expect(self: &Arc<Self>, copy: &Envelope) -> Result<Expected, SendError> {
-        let parked = Parked { copy: copy.clone(), _permit: self.leases.enter()? };
+        let parked = self.leases.enter(copy)?;
         let (arrived, arrival) = oneshot::channel();
         let mark = format!("{PARKED}.{}", self.leases.next.fetch_add(1, Ordering::Relaxed));
         let mut awaited = self.lock();
         if awaited.ended {
+            parked.gone();
             return Err(SendError::NotTaken("the lease queue was lost".to_owned()));
         }
         awaited.by_mark.insert(mark.clone(), Await { parked, arrived });
@@ -175,7 +194,6 @@ impl Lease {
         let mut awaited = self.lock();
         awaited.ended = true;
         awaited.by_mark.clear();
-        self.leases.lose_track();
     }
 }
 
@@ -207,8 +225,10 @@ impl Expected {
             SettleError::Stale => true,
             _ => false,
         };
-        if never_sent {
-            self.lease.lock().by_mark.remove(&self.mark);
+        if never_sent
+            && let Some(Await { parked, .. }) = self.lease.lock().by_mark.remove(&self.mark)
+        {
+            parked.gone();
         }
         error
     }
@@ -236,9 +256,7 @@ fn no_lease(error: SendError) -> SendError {
 
 impl Drop for Expected {
     fn drop(&mut self) {
-        if self.lease.lock().by_mark.remove(&self.mark).is_some() {
-            self.lease.leases.lose_track();
-        }
+        drop(self.lease.lock().by_mark.remove(&self.mark));
     }
 }
 
@@ -294,8 +312,8 @@ impl Drop for Receiver {
 }
 
 /// What is parked, by its delivery tag: kept by the task that settles it.
+#[derive(Default)]
 pub(crate) struct Held {
-    leases: Arc<Leases>,
     by_tag: HashMap<u64, (Parked, State)>,
     closing: bool,
 }
@@ -312,10 +330,6 @@ enum State {
 }
 
 impl Held {
-    pub(crate) fn new(leases: Arc<Leases>) -> Self {
-        Self { leases, by_tag: HashMap::new(), closing: false }
-    }
-
     /// Takes in what has arrived. Returns what is to be given back at once.
     pub(crate) fn hold(&mut self, tag: u64, parked: Parked) -> Option<(u64, Envelope)> {
         self.by_tag.insert(tag, (parked, State::Out));
@@ -355,12 +369,13 @@ impl Held {
 
     /// Notes that it is acknowledged.
     pub(crate) fn gone(&mut self, tag: u64) {
-        self.by_tag.remove(&tag);
+        if let Some((parked, _)) = self.by_tag.remove(&tag) {
+            parked.gone();
+        }
     }
 
     /// Notes that it is rejected. The broker does not say when it has handed it on.
     pub(crate) fn rejected(&mut self, tag: u64) {
-        self.by_tag.remove(&tag);
-        self.leases.lose_track();
+        drop(self.by_tag.remove(&tag));
     }
 }

@@ -283,8 +283,7 @@ impl RabbitSession {
         let consuming = self.consume(&name, PARKED_MAX).await;
         let (channel, consumer) =
             consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
-        let held = Held::new(Arc::clone(&self.leases));
-        let (id, settler_gone) = self.add_lane(&channel, PARKED_MAX, Some(held));
+        let (id, settler_gone) = self.add_lane(&channel, PARKED_MAX, Some(Held::default()));
         let lease = Lease::new(Arc::clone(&self.leases), &name, id.number);
         let (receiving, life) = (Arc::clone(&lease), self.life.clone());
         let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
