@@ -2,16 +2,20 @@
 
 #![expect(clippy::missing_panics_doc, reason = "a rule that is broken panics: these are tests")]
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use atomizer::{
-    Address, Envelope, Extra, Failure, FailureKind, Message, Outcome, Parent, Payload, Properties,
-    ReplyTo, SendError, SettleError, Ticket,
+    Address, Delivery, Electron, ElectronId, Envelope, Extra, Failure, FailureKind, Message,
+    Outcome, Parent, Payload, Properties, ReplyTo, SendError, SettleError, Ticket,
 };
 
 use crate::{
     World,
-    node::{ATOM, Node, answer, electron, electron_of, soon},
+    node::{ATOM, Node, Taker, answer, electron, electron_of, soon},
 };
 
 /// Everything in an electron arrives, headers that nobody knows included.
@@ -23,7 +27,7 @@ pub async fn what_is_sent_arrives_as_it_was(world: &impl World) {
     sent.sender = Some(node.id.clone());
     sent.parent = Some(Parent::new(sent.id, u64::MAX));
     sent.attempts = 3;
-    sent.time_limit = Some(std::time::Duration::from_millis(1500));
+    sent.time_limit = Some(Duration::from_millis(1500));
     sent.history = vec![Failure::new(FailureKind::Panic, "ouch \"ü\"")];
     sent.extra = Extra::from([
         ("traceparent".into(), "00-1-2-03".into()),
@@ -426,4 +430,252 @@ pub async fn many_electrons_come_once_each(world: &impl World) {
             settled.expect("it is settled");
         }
     }
+}
+
+/// Parking holds an electron as it was changed, time and again; once settled it does not come again.
+pub async fn a_parked_electron_can_be_settled(world: &impl World) {
+    let node = Node::new(world, "node").await;
+    let mut inbox = node.inbox().await;
+    node.send_text("parked").await;
+    let (_, delivery) = node.take(1).await.electron().await;
+    let (changed, ticket) = node.park(delivery).await;
+    let ticket = node.try_park(ticket, Arc::clone(&changed)).await.expect("it is parked again");
+    let gone = answer(&changed, &node.id, &ReplyTo::new("nobody.is.here"));
+    let ticket = not_safe(node.settle(ticket, vec![gone]).await, |error| {
+        matches!(error, SendError::Unroutable(_))
+    });
+    let answer = answer(&changed, &node.id, &node.session.reply_to());
+    node.settle(ticket, vec![answer]).await.expect("it is settled after all");
+    let (answer, ticket) = inbox.answer().await;
+    assert_eq!(answer.electron, changed.id);
+    node.settle(ticket, Vec::new()).await.expect("it is settled");
+    node.close().await;
+    only_comes_what_is_sent_now(world).await;
+}
+
+/// A parked electron that is given back goes to its queue as it was changed, and was delivered before.
+pub async fn a_parked_electron_is_given_back_changed(world: &impl World) {
+    let node = Node::new(world, "node").await;
+    let mut taker = node.take(1).await;
+    node.send_text("dropped").await;
+    let (changed, ticket) = node.park(taker.one().await).await;
+    drop(ticket);
+    let (electron, delivery) = taker.electron().await;
+    assert_eq!(electron, changed);
+    assert!(delivery.redeliveries > 0, "a redelivery is known as one");
+    let (changed, ticket) = node.park(delivery).await;
+    node.settle_with(ticket, Outcome::release()).await.expect("it is released");
+    let (electron, delivery) = taker.electron().await;
+    assert_eq!(electron, changed);
+    assert!(delivery.redeliveries > 0, "a redelivery is known as one");
+}
+
+/// What is parked when its session is lost comes again, changed.
+pub async fn a_lost_session_loses_nothing_that_is_parked(world: &impl World) {
+    let node = Node::new(world, "node").await;
+    let mut taker = node.take(1).await;
+    let mut parked = Vec::new();
+    for number in 0..3 {
+        node.send_text(&number.to_string()).await;
+        parked.push(node.park(taker.one().await).await);
+    }
+    world.cut().await;
+    soon("the end of the session", node.session.ended()).await;
+    let (parked, tickets): (Vec<_>, Vec<_>) = parked.into_iter().unzip();
+    for ticket in tickets {
+        assert!(node.settle(ticket, Vec::new()).await.is_err(), "nothing can be settled any more");
+    }
+    let again = Node::again(world, &node.id).await;
+    let mut taker = again.take(1).await;
+    let mut left = parked.clone();
+    while !left.is_empty() {
+        let (electron, delivery) = taker.electron().await;
+        // That the old form was removed was sent, and may not have been carried out.
+        assert!(parked.iter().any(|parked| parked.id == electron.id), "{electron:?}");
+        assert!(delivery.redeliveries > 0, "a redelivery is known as one");
+        left.retain(|parked| *parked != electron);
+        again.settle(delivery.ticket, Vec::new()).await.expect("it is settled");
+    }
+}
+
+/// What is parked when its session is closed goes to others, changed; its ticket is of no use any more.
+pub async fn a_closed_session_gives_back_what_is_parked(world: &impl World) {
+    let (one, other) = (Node::new(world, "one").await, Node::new(world, "other").await);
+    one.send_text("parked").await;
+    let (changed, ticket) = one.park(one.take(1).await.one().await).await;
+    one.close().await;
+    let (electron, delivery) = other.take(1).await.electron().await;
+    assert_eq!(electron, changed);
+    assert!(delivery.redeliveries > 0, "a redelivery is known as one");
+    assert!(one.settle(ticket, Vec::new()).await.is_err(), "nothing can be settled any more");
+    other.settle(delivery.ticket, Vec::new()).await.expect("it is settled");
+    other.close().await;
+    only_comes_what_is_sent_now(world).await;
+}
+
+/// Parking makes room in the window, for as many as there are.
+pub async fn what_is_parked_does_not_count_against_the_window(world: &impl World) {
+    const COUNT: usize = 20;
+    let node = Node::new(world, "node").await;
+    let mut taker = node.take(1).await;
+    let mut parked = Vec::new();
+    for number in 0..COUNT {
+        node.send_text(&number.to_string()).await;
+    }
+    for _ in 0..COUNT {
+        parked.push(node.park(taker.one().await).await);
+    }
+    let ids: HashSet<_> = parked.iter().map(|(electron, _)| electron.id).collect();
+    assert_eq!(ids.len(), COUNT, "each came once");
+    let batch = parked.into_iter().map(|(_, ticket)| (ticket, Outcome::done(Vec::new())));
+    for settled in soon("settling", node.session.settle(batch.collect())).await {
+        settled.expect("it is settled");
+    }
+    node.close().await;
+    only_comes_what_is_sent_now(world).await;
+}
+
+/// What is too large is not parked, and the old ticket is still good.
+pub async fn parking_over_the_limit_gives_the_ticket_back(world: &impl World) {
+    let node = Node::new(world, "node").await;
+    node.send_text("growing").await;
+    let (electron, delivery) = node.take(1).await.electron().await;
+    let mut large = Electron::clone(&electron);
+    large.payload = payload(node.session.limits().payload_bytes_max + 1);
+    let parked = node.try_park(delivery.ticket, Arc::new(large)).await;
+    let ticket = not_safe(parked.map(drop), |error| matches!(error, SendError::TooLarge { .. }));
+    node.settle(ticket, Vec::new()).await.expect("it is settled after all");
+    node.close().await;
+    only_comes_what_is_sent_now(world).await;
+}
+
+/// A ticket of one session cannot be parked in another, and its delivery goes back as it was.
+pub async fn parking_is_for_tickets_of_the_session(world: &impl World) {
+    let (one, other) = (Node::new(world, "one").await, Node::new(world, "other").await);
+    one.send_text("mine").await;
+    let mut taker = one.take(1).await;
+    let (before, delivery) = taker.electron().await;
+    let parked = other.try_park(delivery.ticket, Arc::clone(&before)).await;
+    assert!(matches!(parked, Err(SettleError::Stale)), "{parked:?}");
+    assert_eq!(taker.electron().await.0, before, "it was not removed");
+}
+
+/// However far parking got when its future is dropped, the electron comes again.
+pub async fn a_dropped_parking_gives_the_electron_back(world: &impl World) {
+    let node = Node::new(world, "node").await;
+    let mut taker = node.take(1).await;
+    for polls in (0..16).map(|power| 1 << power) {
+        let id = node.send_text("parked").await;
+        let (before, delivery) = until(&mut taker, &node, id).await;
+        let mut changed = Electron::clone(&before);
+        changed.attempts += 1;
+        let parking = node.session.park(delivery.ticket, Arc::new(changed.clone()));
+        tokio::select! {
+            biased;
+            parked = parking => drop(parked.expect("it is parked")),
+            () = yields(polls) => {}
+        }
+        let (after, delivery) = until(&mut taker, &node, id).await;
+        assert!(*after == changed || after == before, "{after:?}");
+        node.settle(delivery.ticket, Vec::new()).await.expect("it is settled");
+    }
+}
+
+async fn yields(count: usize) {
+    for _ in 0..count {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Takes one electron; others, that came once more, are settled.
+async fn until(taker: &mut Taker, node: &Node, id: ElectronId) -> (Arc<Electron>, Delivery) {
+    loop {
+        let (electron, delivery) = taker.electron().await;
+        if electron.id == id {
+            return (electron, delivery);
+        }
+        node.settle(delivery.ticket, Vec::new()).await.expect("it is settled");
+    }
+}
+
+/// Taken is taken: no fault brings it back.
+pub async fn what_is_taken_does_not_come_again(world: &impl World) {
+    const COUNT: usize = 200;
+    let node = Node::new(world, "node").await;
+    let mut taker = node.take(COUNT).await;
+    for number in 0..COUNT {
+        node.send_text(&number.to_string()).await;
+    }
+    let mut batch = Vec::new();
+    while batch.len() < COUNT {
+        let deliveries = taker.up_to(COUNT).await;
+        batch.extend(deliveries.into_iter().map(|delivery| (delivery.ticket, Outcome::take())));
+    }
+    // Without the first, no removal can stand for all of them.
+    let first = batch.remove(0);
+    for taken in soon("taking", node.session.settle(batch)).await {
+        taken.expect("it is taken");
+    }
+    for taken in soon("taking", node.session.settle(vec![first])).await {
+        taken.expect("it is taken");
+    }
+    world.cut().await;
+    soon("the end of the session", node.session.ended()).await;
+    only_comes_what_is_sent_now(world).await;
+}
+
+/// A census says what waits and who takes; soon, not at once.
+pub async fn the_census_counts(world: &impl World) {
+    let node = Node::new(world, "node").await;
+    let count =
+        |ready, subscribers| move |census| census == atomizer::Census::new(ready, subscribers);
+    node.census("a census of nothing", count(0, 0)).await;
+    for number in 0..3 {
+        node.send_text(&number.to_string()).await;
+    }
+    node.census("a census of what waits", count(3, 0)).await;
+    let mut one = node.take(1).await;
+    let first = one.one().await;
+    node.census("a census of what is left", count(2, 1)).await;
+    let other = Node::new(world, "other").await;
+    let mut two = other.take(1).await;
+    let _second = two.one().await;
+    node.census("a census of who takes", count(1, 2)).await;
+    let (_, first) = node.park(first).await;
+    let third = one.one().await;
+    node.census("a census without what is parked", count(0, 2)).await;
+    other.close().await;
+    node.census("a census of what came back", count(1, 1)).await;
+    for ticket in [first, third.ticket] {
+        node.settle(ticket, Vec::new()).await.expect("it is settled");
+    }
+}
+
+/// Where electrons can be kept back, they do not come before their time. Elsewhere there is nothing to see.
+pub async fn a_delayed_electron_does_not_come_before_its_time(world: &impl World) {
+    const DELAY: Duration = Duration::from_millis(300);
+    let node = Node::new(world, "node").await;
+    if node.session.limits().delay_max.is_zero() {
+        return;
+    }
+    let mut taker = node.take(3).await;
+    let delayed = electron("later");
+    let id = delayed.id;
+    let begun = Instant::now();
+    let envelope = Envelope::new(Address::Atom(ATOM), delayed.into()).after(DELAY);
+    for sent in soon("sending", node.session.send(&[envelope])).await {
+        sent.expect("the electron is safe");
+    }
+    let next = node.send_text("now").await;
+    let (electron, delivery) = taker.electron().await;
+    assert_eq!(electron.id, next, "what is not kept back comes first");
+    // What a settlement emits can be kept back as well.
+    let again = Envelope::new(Address::Atom(ATOM), Message::Electron(electron)).after(DELAY * 2);
+    node.settle(delivery.ticket, vec![again]).await.expect("it is settled");
+    let (electron, delivery) = taker.electron().await;
+    assert_eq!(electron.id, id);
+    assert!(begun.elapsed() >= DELAY, "it came after {:?}", begun.elapsed());
+    node.settle(delivery.ticket, Vec::new()).await.expect("it is settled");
+    assert_eq!(taker.electron().await.0.id, next);
+    assert!(begun.elapsed() >= DELAY * 2, "it came after {:?}", begun.elapsed());
 }

@@ -78,6 +78,17 @@ macro_rules! conformance_tests {
             results_stand_in_the_order_of_the_batch
             a_dead_letter_is_taken
             many_electrons_come_once_each
+            a_parked_electron_can_be_settled
+            a_parked_electron_is_given_back_changed
+            a_lost_session_loses_nothing_that_is_parked
+            a_closed_session_gives_back_what_is_parked
+            what_is_parked_does_not_count_against_the_window
+            parking_over_the_limit_gives_the_ticket_back
+            parking_is_for_tickets_of_the_session
+            a_dropped_parking_gives_the_electron_back
+            what_is_taken_does_not_come_again
+            the_census_counts
+            a_delayed_electron_does_not_come_before_its_time
         }
     };
     ($world:expr; $($rule:ident)*) => {

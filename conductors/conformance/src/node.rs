@@ -3,9 +3,9 @@
 use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use atomizer::{
-    Address, AtomId, Delivery, Electron, ElectronId, Envelope, Failure, FailureKind, Message,
-    NodeId, Outcome, Payload, Properties, ReplyTo, SendError, Session, SettleError, Source,
-    Subscription, Ticket,
+    Address, AtomId, Census, Delivery, Electron, ElectronId, Envelope, Failure, FailureKind,
+    Message, NodeId, Outcome, Payload, Properties, ReplyTo, SendError, Session, SettleError,
+    Source, Subscription, Ticket,
 };
 
 use crate::World;
@@ -97,6 +97,34 @@ impl Node {
         let mut results = soon("settling", self.session.settle(vec![(ticket, outcome)])).await;
         assert_eq!(results.len(), 1, "one result for each settlement");
         results.remove(0)
+    }
+
+    /// Parks an electron with one more attempt counted: its changed form, and the new ticket.
+    pub(crate) async fn park(&self, delivery: Delivery) -> (Arc<Electron>, Ticket) {
+        let mut changed = Electron::clone(&electron_of(&delivery));
+        changed.attempts += 1;
+        changed.extra.insert("parked".into(), "yes".into());
+        let changed = Arc::new(changed);
+        let parked = self.try_park(delivery.ticket, Arc::clone(&changed)).await;
+        (changed, parked.expect("it is parked"))
+    }
+
+    pub(crate) async fn try_park(
+        &self,
+        ticket: Ticket,
+        changed: Arc<Electron>,
+    ) -> Result<Ticket, SettleError> {
+        soon("parking", self.session.park(ticket, changed)).await
+    }
+
+    /// Polls until the census fits.
+    pub(crate) async fn census(&self, what: &str, fits: impl Fn(Census) -> bool) {
+        let counting = async {
+            while !fits(self.session.census(&ATOM).await.expect("the queue is counted")) {
+                tokio::task::yield_now().await;
+            }
+        };
+        soon(what, counting).await;
     }
 
     pub(crate) async fn close(&self) {

@@ -27,6 +27,10 @@ const BROKER_HEADERS: [&str; 7] = [
 /// How often a quorum queue delivered a message before.
 const DELIVERY_COUNT: &str = "x-delivery-count";
 
+/// What the application id of a message begins with that was parked. It is no part of the wire form, so it
+/// goes when the message is read: in the queue of an atom it says that the electron was delivered before.
+pub(crate) const PARKED: &str = "atomizer-parked";
+
 /// Turns all but the body into properties.
 ///
 /// # Errors
@@ -75,6 +79,9 @@ pub(crate) fn wire(properties: &BasicProperties, redelivered: bool, data: Vec<u8
         if !is_the_brokers(name.as_str()) {
             headers.insert(name.to_string(), to_json(value));
         }
+    }
+    if properties.app_id().as_ref().is_some_and(|mark| mark.as_str().starts_with(PARKED)) {
+        redeliveries = redeliveries.saturating_add(1);
     }
     let mut wire = Wire::default();
     wire.kind = text(properties.kind());
@@ -180,6 +187,16 @@ mod tests {
         wire.correlation_id = Some("x".repeat(256));
         let error = properties(wire).unwrap_err();
         assert_eq!(error, SendError::TooLarge { bytes: 256, bytes_max: 255 });
+    }
+
+    #[test]
+    fn what_was_parked_was_delivered_before() {
+        let parked = BasicProperties::default().with_app_id("atomizer-parked.7".into());
+        let (read, redeliveries) = wire(&parked, false, Vec::new());
+        assert_eq!(redeliveries, 1);
+        assert_eq!(*properties(read).unwrap().app_id(), None, "the mark is not kept");
+        let other = BasicProperties::default().with_app_id("billing".into());
+        assert_eq!(wire(&other, false, Vec::new()).1, 0);
     }
 
     #[test]

@@ -17,14 +17,21 @@ use futures::{
 };
 use lapin::{
     Channel, Consumer,
-    options::{BasicAckOptions, BasicCancelOptions, BasicNackOptions},
+    options::{BasicAckOptions, BasicCancelOptions, BasicNackOptions, BasicQosOptions},
 };
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
 };
 
-use crate::{acks::Acks, connect::plain, convert, life::Life, publisher::Publisher};
+use crate::{
+    acks::Acks,
+    connect::plain,
+    convert,
+    lease::{Held, Parked},
+    life::{Life, REQUEST_TIMEOUT},
+    publisher::{Publisher, Via},
+};
 
 /// How long cancelling a consumer may take.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,15 +40,27 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many commands are carried out before acknowledgements are sent.
 const COMMANDS_MAX: usize = 256;
 
+/// What a settler is asked to do with one delivery, named by its tag.
 pub(crate) enum Command {
-    Settle { tag: u64, emit: Vec<Envelope>, done: Done },
+    /// Makes these safe, then acknowledges.
+    Settle { tag: u64, emit: Vec<Envelope>, via: Via, done: Done },
+    /// Acknowledges; done when the broker has carried it out.
+    Take { tag: u64, done: Done },
+    /// Gives it back to the queue that it came from; what is parked, to that of its atom.
     Release { tag: u64 },
+    /// Holds what came through the lease queue.
+    Hold { tag: u64, parked: Parked },
+    /// Has the broker give back what came through the lease queue.
+    Reject { tag: u64 },
+    /// Gives back all that is parked, now and from now on.
+    GiveBack,
 }
 
 /// Where the result of one settlement goes.
 type Done = oneshot::Sender<Result<(), SettleError>>;
 
-/// Where the commands of one lane go. There are never more than deliveries out, so the window bounds them.
+/// Where the commands of one lane go. There are never more than deliveries out, and what follows from them, so
+/// the window bounds them.
 pub(crate) type Commands = mpsc::UnboundedSender<Command>;
 
 /// The ways to the tasks that settle, by the number in the ticket.
@@ -94,7 +113,7 @@ pub(crate) struct LaneId {
 }
 
 impl LaneId {
-    fn ticket(&self, tag: u64) -> Ticket {
+    pub(crate) fn ticket(&self, tag: u64) -> Ticket {
         let lanes: Arc<dyn Release> = Arc::clone(&self.lanes) as _;
         Ticket::new(self.epoch, self.number, tag, lanes)
     }
@@ -104,22 +123,44 @@ impl LaneId {
 pub(crate) struct Settler {
     pub(crate) id: LaneId,
     pub(crate) channel: Channel,
+    pub(crate) prefetch: u16,
     pub(crate) publisher: Publisher,
     pub(crate) life: Life,
     /// Dropped when it ends, which ends the subscription.
     pub(crate) _alive: oneshot::Sender<()>,
     pub(crate) commands: mpsc::UnboundedReceiver<Command>,
+    /// What is parked, when this is the lane of the lease queue.
+    pub(crate) parked: Option<Held>,
 }
 
+/// A delivery, what of its emission is not safe, and who waits for the result.
 type Published = (u64, Vec<(Envelope, SendError)>, Done);
+
+/// What a settler has under way.
+#[derive(Default)]
+struct Work {
+    acks: Acks,
+    publishing: FuturesUnordered<BoxFuture<'static, Published>>,
+    /// Done when the acknowledgements are sent.
+    settled: Vec<(u64, Done)>,
+    /// Done when they are carried out.
+    taken: Vec<(u64, Done)>,
+}
+
+impl Work {
+    /// The channel is gone: what it had delivered comes again.
+    fn lost(self, error: &SessionError) {
+        tracing::debug!(%error, "a channel was lost while acknowledging");
+        for (_, done) in self.settled.into_iter().chain(self.taken) {
+            drop(done.send(Err(SettleError::Unknown(error.clone()))));
+        }
+    }
+}
 
 impl Settler {
     pub(crate) async fn run(mut self) {
-        let mut acks = Acks::default();
-        let mut publishing: FuturesUnordered<BoxFuture<'static, Published>> =
-            FuturesUnordered::new();
+        let mut work = Work::default();
         let mut commands = Vec::new();
-        let mut settled = Vec::new();
         loop {
             tokio::select! {
                 count = self.commands.recv_many(&mut commands, COMMANDS_MAX) => {
@@ -127,56 +168,128 @@ impl Settler {
                         return;
                     }
                 }
-                Some(published) = publishing.next() => self.published(published, &mut acks, &mut settled),
+                Some(published) = work.publishing.next() => self.published(published, &mut work),
             }
-            while let Some(Some(published)) = publishing.next().now_or_never() {
-                self.published(published, &mut acks, &mut settled);
+            while let Some(Some(published)) = work.publishing.next().now_or_never() {
+                self.published(published, &mut work);
             }
             for command in commands.drain(..) {
-                match command {
-                    Command::Settle { tag, emit, done } if emit.is_empty() => {
-                        acks.acknowledge(tag);
-                        settled.push(done);
-                    }
-                    Command::Settle { tag, emit, done } => {
-                        publishing.push(Box::pin(publish(self.publisher.clone(), tag, emit, done)));
-                    }
-                    Command::Release { tag } => {
-                        acks.returned(tag);
-                        if let Err(error) = self.release(tag).await {
-                            return Self::lost(&error, settled);
-                        }
-                    }
+                if let Err(error) = self.carry_out(command, &mut work).await {
+                    return work.lost(&error);
                 }
             }
-            if let Err(error) = self.acknowledge(&mut acks).await {
-                return Self::lost(&error, settled);
-            }
-            for done in settled.drain(..) {
-                // An error says that nobody waits for the result any more.
-                drop(done.send(Ok(())));
+            if let Err(error) = self.finish(&mut work).await {
+                return work.lost(&error);
             }
         }
     }
 
-    fn published(&self, (tag, failed, done): Published, acks: &mut Acks, settled: &mut Vec<Done>) {
+    async fn carry_out(&mut self, command: Command, work: &mut Work) -> Result<(), SessionError> {
+        match command {
+            Command::Settle { tag, done, .. } | Command::Take { tag, done }
+                if !self.may_settle(tag) =>
+            {
+                drop(done.send(Err(SettleError::Stale)));
+            }
+            Command::Settle { tag, emit, done, .. } if emit.is_empty() => {
+                work.acks.acknowledge(tag);
+                work.settled.push((tag, done));
+            }
+            Command::Settle { tag, emit, via, done } => self.publish(tag, emit, via, done, work),
+            Command::Take { tag, done } => {
+                work.acks.acknowledge(tag);
+                work.taken.push((tag, done));
+            }
+            Command::Release { tag } => match &mut self.parked {
+                None => {
+                    work.acks.returned(tag);
+                    self.negative(tag, true).await?;
+                }
+                Some(parked) => {
+                    let copy = parked.give_back(tag);
+                    self.give_back(copy, work);
+                }
+            },
+            Command::Hold { tag, parked } => {
+                let copy = self.parked.as_mut().and_then(|held| held.hold(tag, parked));
+                self.give_back(copy, work);
+            }
+            Command::Reject { tag } => {
+                if let Some(parked) = &mut self.parked {
+                    parked.rejected(tag);
+                }
+                work.acks.returned(tag);
+                self.negative(tag, false).await?;
+            }
+            Command::GiveBack => {
+                let copies = self.parked.as_mut().map(Held::give_back_all);
+                self.give_back(copies.into_iter().flatten(), work);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is parked may have been given back already, while its ticket was still out.
+    fn may_settle(&mut self, tag: u64) -> bool {
+        self.parked.as_mut().is_none_or(|parked| parked.settle(tag))
+    }
+
+    fn publish(&self, tag: u64, emit: Vec<Envelope>, via: Via, done: Done, work: &Work) {
+        work.publishing.push(Box::pin(publish(self.publisher.clone(), tag, emit, via, done)));
+    }
+
+    /// Publishes copies to the queues of their atoms, to be acknowledged once they are safe there.
+    fn give_back(&self, copies: impl IntoIterator<Item = (u64, Envelope)>, work: &Work) {
+        for (tag, copy) in copies {
+            // Nobody waits for the result.
+            let (done, _) = oneshot::channel();
+            self.publish(tag, vec![copy], Via::Back, done, work);
+        }
+    }
+
+    fn published(&mut self, (tag, failed, done): Published, work: &mut Work) {
         if failed.is_empty() {
-            acks.acknowledge(tag);
-            settled.push(done);
+            work.acks.acknowledge(tag);
+            work.settled.push((tag, done));
         } else if failed.iter().any(|(_, error)| matches!(error, SendError::Unknown(_))) {
             // The session is ending, and the delivery comes again: there is nothing more to decide.
             let unknown = SessionError::lost("an answer is not known to have arrived");
             drop(done.send(Err(SettleError::Unknown(unknown))));
-        } else {
+        } else if self.parked.as_mut().is_none_or(|parked| parked.not_safe(tag)) {
             let not_safe = SettleError::NotSafe { ticket: self.id.ticket(tag), failed };
             // When nobody waits for it, the ticket in it is dropped, and so releases the delivery.
             drop(done.send(Err(not_safe)));
+        } else {
+            let reason = failed.first().map(|(_, error)| error.to_string());
+            tracing::warn!(reason, "a parked electron is left to the broker to give back");
+            self.id.lanes.command(self.id.number, Command::Reject { tag });
         }
     }
 
-    async fn release(&self, tag: u64) -> Result<(), SessionError> {
-        let options = BasicNackOptions { requeue: true, ..Default::default() };
+    async fn negative(&self, tag: u64, requeue: bool) -> Result<(), SessionError> {
+        let options = BasicNackOptions { requeue, ..Default::default() };
         self.life.bound(WRITE_TIMEOUT, self.channel.basic_nack(tag, options)).await
+    }
+
+    /// Sends the acknowledgements, and tells those who wait for them.
+    async fn finish(&mut self, work: &mut Work) -> Result<(), SessionError> {
+        self.acknowledge(&mut work.acks).await?;
+        self.tell(&mut work.settled);
+        if !work.taken.is_empty() {
+            self.barrier().await?;
+            self.tell(&mut work.taken);
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, waiting: &mut Vec<(u64, Done)>) {
+        for (tag, done) in waiting.drain(..) {
+            if let Some(parked) = &mut self.parked {
+                parked.gone(tag);
+            }
+            // An error says that nobody waits for the result any more.
+            drop(done.send(Ok(())));
+        }
     }
 
     async fn acknowledge(&self, acks: &mut Acks) -> Result<(), SessionError> {
@@ -188,17 +301,25 @@ impl Settler {
         self.life.bound(WRITE_TIMEOUT, sent).await
     }
 
-    /// The channel is gone: what it had delivered comes again.
-    fn lost(error: &SessionError, settled: Vec<Done>) {
-        tracing::debug!(%error, "a channel was lost while acknowledging");
-        for done in settled {
-            drop(done.send(Err(SettleError::Unknown(error.clone()))));
-        }
+    /// Waits until the broker has carried out what it was sent on this channel.
+    ///
+    /// Acknowledgements are not answered. But a channel carries out one method after the other (AMQP 0-9-1,
+    /// 4.7), so the answer to a request says that what was sent before it is done. This request changes
+    /// nothing: a window is given to consumers that are still to come.
+    async fn barrier(&self) -> Result<(), SessionError> {
+        let asking = self.channel.basic_qos(self.prefetch, BasicQosOptions::default());
+        self.life.bound(REQUEST_TIMEOUT, asking).await
     }
 }
 
-async fn publish(publisher: Publisher, tag: u64, emit: Vec<Envelope>, done: Done) -> Published {
-    let results = publisher.publish(&emit).await;
+async fn publish(
+    publisher: Publisher,
+    tag: u64,
+    emit: Vec<Envelope>,
+    via: Via,
+    done: Done,
+) -> Published {
+    let results = publisher.publish(&emit, &via).await;
     let failed = emit.into_iter().zip(results);
     let failed =
         failed.filter_map(|(envelope, result)| result.err().map(|error| (envelope, error)));

@@ -26,6 +26,15 @@
 //! | queue of one atom | `<namespace>.atom.<atom id>` | quorum, durable |
 //! | dead letters | `<namespace>.dead` | quorum, durable |
 //! | inbox of one node | `<namespace>.inbox.<node id>` | quorum, durable, expires 30 min after the node is gone |
+//! | what one session has parked | `<namespace>.lease.<node id>.<session>` | quorum, durable, expires 2 h after the session is gone; with an exchange (fanout, durable, auto-delete) of the same name |
+//!
+//! The last is made when something is parked for the first time. The broker gives back what is in it within 5 s
+//! of the end of the session. Before version 3.12 a broker also takes back what is held longer than its
+//! `consumer_timeout`, 30 min by default; it then runs again. What was parked carries `atomizer-parked` in the
+//! property `app_id`, by which it is known as delivered before.
+//!
+//! A user needs the permissions configure, write and read for all of `<namespace>` and `<namespace>.*`, and write
+//! for `amq.default`.
 //!
 //! Any AMQP 0-9-1 client can ask an atom: publish JSON to the exchange with routing key `atom.<atom id>`,
 //! and name a queue in `reply_to`.
@@ -39,6 +48,7 @@ mod acks;
 mod connect;
 mod convert;
 mod lane;
+mod lease;
 mod life;
 mod publisher;
 mod session;

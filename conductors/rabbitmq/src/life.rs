@@ -15,6 +15,8 @@ use tokio::{sync::watch, time::timeout};
 
 use crate::connect::plain;
 
+/// How long the broker may take over one request that is no publish.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long closing may take, each step.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// AMQP's reply code for "all is well".

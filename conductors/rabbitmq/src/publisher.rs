@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
     BasicProperties, Channel, Confirmation, message::BasicReturnMessage,
-    options::BasicPublishOptions,
+    options::BasicPublishOptions, types::ShortString,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -30,6 +30,17 @@ const UNCONFIRMED_MAX: usize = 1024;
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
 
 type Results = Vec<Result<(), SendError>>;
+
+/// What there is to say of a publish beyond its address.
+#[derive(Clone, Debug)]
+pub(crate) enum Via {
+    /// It goes where its address says.
+    Address,
+    /// It goes to the lease queue first, with this mark, by which it is known when it comes from there.
+    Lease { exchange: ShortString, mark: ShortString },
+    /// It was parked, and goes where its address says: it was delivered before.
+    Back,
+}
 
 /// A handle to the task that owns the publishing channel.
 #[derive(Clone, Debug)]
@@ -68,8 +79,8 @@ impl Publisher {
     /// Publishes, and waits until each is confirmed or not.
     ///
     /// Once handed over, the batch is published even when this future is dropped.
-    pub(crate) async fn publish(&self, envelopes: &[Envelope]) -> Results {
-        let batch = envelopes.iter().map(|envelope| self.prepare(envelope)).collect();
+    pub(crate) async fn publish(&self, envelopes: &[Envelope], via: &Via) -> Results {
+        let batch = envelopes.iter().map(|envelope| self.prepare(envelope, via)).collect();
         let (done, results) = oneshot::channel();
         let lost =
             || vec![Err(SendError::Unknown("the session ended".to_owned())); envelopes.len()];
@@ -79,8 +90,8 @@ impl Publisher {
         results.await.unwrap_or_else(|_| lost())
     }
 
-    fn prepare(&self, envelope: &Envelope) -> Result<Publication, SendError> {
-        let route = self.topology.route(&envelope.to)?;
+    fn prepare(&self, envelope: &Envelope, via: &Via) -> Result<Publication, SendError> {
+        let mut route = self.topology.route(&envelope.to)?;
         let mut wire = Wire::from(Message::clone(&envelope.message));
         let body = std::mem::take(&mut wire.body);
         if let Address::DeadLetter(_) = envelope.to {
@@ -90,7 +101,15 @@ impl Publisher {
             check(body.len(), self.limits.payload_bytes_max)?;
         }
         check(wire.metadata_bytes(), METADATA_BYTES_MAX)?;
-        let properties = convert::properties(wire)?;
+        let mut properties = convert::properties(wire)?;
+        match via {
+            Via::Address => {}
+            Via::Lease { exchange, mark } => {
+                route.exchange = exchange.clone();
+                properties = properties.with_app_id(mark.clone());
+            }
+            Via::Back => properties = properties.with_app_id(convert::PARKED.into()),
+        }
         Ok(Publication { route, to: envelope.to.clone(), properties, body })
     }
 }

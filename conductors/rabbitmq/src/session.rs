@@ -5,7 +5,6 @@ use std::{
     fmt,
     num::NonZeroUsize,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -16,12 +15,15 @@ use atomizer::{
 use futures::future::join_all;
 use lapin::{
     Channel, Connection, Consumer, ErrorKind,
-    options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeleteOptions},
+    options::{
+        BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
+        QueueDeleteOptions,
+    },
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
 };
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{Mutex as AsyncMutex, mpsc, oneshot},
     task::JoinSet,
     time::timeout,
 };
@@ -29,13 +31,11 @@ use tokio::{
 use crate::{
     connect::{Address, Connected, plain},
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler},
-    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, close, watch_over},
-    publisher::Publisher,
+    lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
+    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
+    publisher::{Publisher, Via},
     topology::Topology,
 };
-
-/// How long the broker may take over one request that is no publish.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Two connections: a broker that is short of memory or disk stops reading from those that publish, and
 /// acknowledgements must get through all the same.
@@ -48,6 +48,9 @@ pub(crate) struct RabbitSession {
     consuming: Arc<Connection>,
     publisher: Publisher,
     lanes: Arc<Lanes>,
+    leases: Arc<Leases>,
+    /// The way to park, once something was parked.
+    lease: AsyncMutex<Option<Arc<Lease>>>,
     life: Life,
     /// Atoms whose queue was declared through this session.
     declared: Mutex<HashSet<AtomId>>,
@@ -93,6 +96,8 @@ impl RabbitSession {
             consuming,
             publisher,
             lanes: Arc::default(),
+            leases: Leases::new(),
+            lease: AsyncMutex::default(),
             life,
             declared: Mutex::default(),
             tasks: Mutex::new(tasks),
@@ -103,30 +108,37 @@ impl RabbitSession {
         self.declared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes sure that the queue of an atom is there. One that is there with other arguments is used as it is.
-    ///
-    /// Asked for on the consuming connection: the other one may be blocked.
+    /// Makes sure that the queue of an atom is there.
     async fn declare_atom(&self, atom: &AtomId) -> Result<(), SendError> {
-        let declaring = on_own_channel(&self.consuming, async |channel| {
-            self.topology.declare_atom(channel, atom).await
-        });
-        let declared = match self.life.bound(REQUEST_TIMEOUT, async { Ok(declaring.await) }).await {
-            Ok(declared) => declared,
-            Err(error) => return Err(SendError::Unknown(error.to_string())),
-        };
-        if let Err(error) = declared {
-            match refusal(&error) {
-                Some(AMQPSoftError::PRECONDITIONFAILED) => {
-                    tracing::warn!(%atom, reason = plain(&error), "a queue is used that is not as it should be");
-                }
-                Some(AMQPSoftError::ACCESSREFUSED) => {
-                    return Err(SendError::Refused(plain(&error)));
-                }
-                _ => return Err(SendError::Unknown(plain(&error))),
-            }
-        }
+        let queue = self.topology.atom_queue(atom);
+        let declare = async |channel: &Channel| self.topology.declare_atom(channel, atom).await;
+        self.declare(&queue, declare).await?;
         self.declared().insert(atom.clone());
         Ok(())
+    }
+
+    /// Makes sure that something is there. One that is there with other arguments is used as it is.
+    ///
+    /// Asked for on the consuming connection: the other one may be blocked.
+    async fn declare(
+        &self,
+        name: &str,
+        declare: impl AsyncFnOnce(&Channel) -> lapin::Result<()>,
+    ) -> Result<(), SendError> {
+        let declaring = on_own_channel(&self.consuming, declare);
+        let declared = self.life.bound(REQUEST_TIMEOUT, async { Ok(declaring.await) }).await;
+        let Err(error) = declared.map_err(|error| SendError::Unknown(error.to_string()))? else {
+            return Ok(());
+        };
+        match refusal(&error) {
+            Some(AMQPSoftError::PRECONDITIONFAILED) => {
+                let reason = plain(&error);
+                tracing::warn!(name, reason, "a queue is used that is not as it should be");
+                Ok(())
+            }
+            Some(AMQPSoftError::ACCESSREFUSED) => Err(SendError::Refused(plain(&error))),
+            _ => Err(SendError::Unknown(plain(&error))),
+        }
     }
 
     /// Makes sure that the queues of all these are there, asking the broker once per session. Returns why one
@@ -192,32 +204,128 @@ impl RabbitSession {
         tasks.spawn(task);
     }
 
+    /// Begins a lane: the task that settles what a channel delivers. Returns its id, and what resolves when
+    /// the task has ended.
+    fn add_lane(
+        &self,
+        channel: &Channel,
+        prefetch: u16,
+        parked: Option<Held>,
+    ) -> (LaneId, oneshot::Receiver<()>) {
+        #[expect(clippy::disallowed_methods, reason = "bounded by the deliveries that are out")]
+        let (command, commands) = mpsc::unbounded_channel();
+        let number = self.lanes.add(command);
+        let id = LaneId { epoch: self.epoch, number, lanes: Arc::clone(&self.lanes) };
+        let (alive, settler_gone) = oneshot::channel();
+        let settler = Settler {
+            id: id.clone(),
+            channel: channel.clone(),
+            prefetch,
+            publisher: self.publisher.clone(),
+            life: self.life.clone(),
+            _alive: alive,
+            commands,
+            parked,
+        };
+        self.spawn(settler.run());
+        (id, settler_gone)
+    }
+
     /// Hands a settlement to its lane; what comes back is where the result will be.
     fn settle_one(
         &self,
         ticket: Ticket,
         outcome: Outcome,
     ) -> Result<oneshot::Receiver<Result<(), SettleError>>, SettleError> {
+        match outcome {
+            Outcome::Done { emit, .. } => self.hand_over(ticket, |tag, done| {
+                let via = Via::Address;
+                Command::Settle { tag, emit, via, done }
+            }),
+            Outcome::Take { .. } => self.hand_over(ticket, |tag, done| Command::Take { tag, done }),
+            _ if ticket.epoch() != self.epoch => Err(SettleError::Stale),
+            _ => {
+                drop(ticket);
+                let (done, settled) = oneshot::channel();
+                drop(done.send(Ok(())));
+                Ok(settled)
+            }
+        }
+    }
+
+    fn hand_over(
+        &self,
+        ticket: Ticket,
+        command: impl FnOnce(u64, oneshot::Sender<Result<(), SettleError>>) -> Command,
+    ) -> Result<oneshot::Receiver<Result<(), SettleError>>, SettleError> {
         if ticket.epoch() != self.epoch {
             return Err(SettleError::Stale);
         }
         let (done, settled) = oneshot::channel();
-        let emit = match outcome {
-            Outcome::Done { emit, .. } => emit,
-            Outcome::Take { .. } => Vec::new(),
-            _ => {
-                drop(ticket);
-                drop(done.send(Ok(())));
-                return Ok(settled);
-            }
-        };
         let (number, tag) = ticket.take();
-        if self.lanes.command(number, Command::Settle { tag, emit, done }) {
+        if self.lanes.command(number, command(tag, done)) {
             Ok(settled)
         } else {
             Err(SettleError::Stale)
         }
     }
+
+    /// Returns the way to park, and makes it when there is none, or when the last one was lost.
+    async fn lease(&self) -> Result<Arc<Lease>, SendError> {
+        let mut current = self.lease.lock().await;
+        self.leases.check_open()?;
+        if let Some(lease) = current.as_ref().filter(|lease| !lease.has_ended()) {
+            return Ok(Arc::clone(lease));
+        }
+        let name = self.topology.lease_queue(&self.node, self.epoch);
+        let declare = async |channel: &Channel| self.topology.declare_lease(channel, &name).await;
+        self.declare(&name, declare).await?;
+        let consuming = self.consume(&name, PARKED_MAX).await;
+        let (channel, consumer) =
+            consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
+        let (id, settler_gone) = self.add_lane(&channel, PARKED_MAX, Some(Held::default()));
+        let lease = Lease::new(Arc::clone(&self.leases), &name, id.number);
+        let (receiving, life) = (Arc::clone(&lease), self.life.clone());
+        let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
+        self.spawn(receiver.run());
+        *current = Some(Arc::clone(&lease));
+        Ok(lease)
+    }
+
+    /// Gives back what is parked, and removes the lease queue if it is known to be empty. Otherwise the broker
+    /// gives back the rest, and the queue expires.
+    async fn close_lease(&self) {
+        let closing = async {
+            self.leases.close();
+            let Some(lease) = self.lease.lock().await.clone() else { return };
+            self.lanes.command(lease.number(), Command::GiveBack);
+            if !self.leases.emptied().await {
+                tracing::debug!("the lease queue may hold something; it expires by itself");
+                return;
+            }
+            delete(&self.consuming, lease.name()).await;
+        };
+        // With the session everything goes back without us.
+        tokio::select! {
+            () = closing => {}
+            _ = self.life.ended() => {}
+        }
+    }
+}
+
+/// Deletes a queue, or leaves it to expire.
+async fn delete(connection: &Connection, queue: &str) {
+    let delete = async |channel: &Channel| {
+        channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await
+    };
+    let deleted = timeout(CLOSE_TIMEOUT, on_own_channel(connection, delete)).await;
+    if !matches!(deleted, Ok(Ok(_))) {
+        tracing::debug!(queue, "a queue was not deleted; it expires by itself");
+    }
+}
+
+fn channel_ended() -> SettleError {
+    SettleError::Unknown(SessionError::lost("the channel ended"))
 }
 
 /// The reply code, when a request was refused at the cost of its channel.
@@ -275,22 +383,7 @@ impl Session for RabbitSession {
         };
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
         let (channel, consumer) = self.consume(&queue, prefetch).await?;
-        #[expect(clippy::disallowed_methods, reason = "bounded by the deliveries that are out")]
-        let (command, commands) = mpsc::unbounded_channel();
-        let number = self.lanes.add(command);
-        let id = LaneId { epoch: self.epoch, number, lanes: Arc::clone(&self.lanes) };
-        let (alive, settler_gone) = oneshot::channel();
-        self.spawn(
-            Settler {
-                id: id.clone(),
-                channel: channel.clone(),
-                publisher: self.publisher.clone(),
-                life: self.life.clone(),
-                _alive: alive,
-                commands,
-            }
-            .run(),
-        );
+        let (id, settler_gone) = self.add_lane(&channel, prefetch, None);
         let life = self.life.clone();
         Ok(Box::new(LaneSubscription {
             id,
@@ -313,7 +406,7 @@ impl Session for RabbitSession {
         };
         let sendable: Vec<_> =
             envelopes.iter().filter(|envelope| why_not(envelope).is_none()).cloned().collect();
-        let mut sent = self.publisher.publish(&sendable).await.into_iter();
+        let mut sent = self.publisher.publish(&sendable, &Via::Address).await.into_iter();
         let lost = || Err(SendError::Unknown("the session ended".to_owned()));
         (envelopes.iter())
             .map(|envelope| match why_not(envelope) {
@@ -326,23 +419,65 @@ impl Session for RabbitSession {
     async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {
         let handed_over: Vec<_> =
             batch.into_iter().map(|(ticket, outcome)| self.settle_one(ticket, outcome)).collect();
-        join_all(handed_over.into_iter().map(async |settled| {
-            settled?.await.unwrap_or_else(|_| {
-                Err(SettleError::Unknown(SessionError::lost("the channel ended")))
-            })
-        }))
+        join_all(
+            handed_over
+                .into_iter()
+                .map(async |settled| settled?.await.unwrap_or_else(|_| Err(channel_ended()))),
+        )
         .await
     }
 
     async fn park(&self, ticket: Ticket, changed: Arc<Electron>) -> Result<Ticket, SettleError> {
-        let failed = SendError::Refused("parking is not there yet".to_owned());
-        let to = To::Atom(changed.atom.clone());
-        let envelope = Envelope::new(to, Message::Electron(changed));
-        Err(SettleError::NotSafe { ticket, failed: vec![(envelope, failed)] })
+        if ticket.epoch() != self.epoch {
+            return Err(SettleError::Stale);
+        }
+        let atom = changed.atom.clone();
+        let copy = Envelope::new(To::Atom(atom.clone()), Message::Electron(changed));
+        let expecting = async {
+            // The broker gives it back there.
+            if !self.declared().contains(&atom) {
+                self.declare_atom(&atom).await?;
+            }
+            self.lease().await?.expect(&copy)
+        };
+        let expected = match expecting.await {
+            Ok(expected) => expected,
+            Err(SendError::Unknown(reason)) => {
+                return Err(SettleError::Unknown(SessionError::lost(reason)));
+            }
+            Err(error) => return Err(SettleError::NotSafe { ticket, failed: vec![(copy, error)] }),
+        };
+        let via = expected.via();
+        let emit = vec![copy];
+        let settle = |tag, done| Command::Settle { tag, emit, via, done };
+        let settled = match self.hand_over(ticket, settle) {
+            Ok(settled) => settled.await.unwrap_or_else(|_| Err(channel_ended())),
+            Err(error) => Err(error),
+        };
+        match settled {
+            Ok(()) => expected.arrival().await,
+            Err(error) => Err(expected.failed(error)),
+        }
     }
 
-    async fn census(&self, _atom: &AtomId) -> Result<Census, SessionError> {
-        Err(SessionError::lost("a census is not there yet"))
+    async fn census(&self, atom: &AtomId) -> Result<Census, SessionError> {
+        let queue = self.topology.atom_queue(atom);
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        let ask = async |channel: &Channel| {
+            channel.queue_declare(queue.as_str().into(), options, FieldTable::default()).await
+        };
+        let asking = async {
+            match on_own_channel(&self.consuming, ask).await {
+                Ok(queue) => {
+                    Ok(Census::new(queue.message_count().into(), queue.consumer_count().into()))
+                }
+                Err(error) if refusal(&error) == Some(AMQPSoftError::NOTFOUND) => {
+                    Ok(Census::new(0, 0))
+                }
+                Err(error) => Err(error),
+            }
+        };
+        self.life.bound(REQUEST_TIMEOUT, asking).await
     }
 
     async fn ended(&self) -> SessionError {
@@ -350,16 +485,10 @@ impl Session for RabbitSession {
     }
 
     async fn close(&self) {
+        self.close_lease().await;
         self.life.end_with(SessionError::Closed);
         // Nobody reads it any more: this node is closing for good.
-        let delete = async |channel: &Channel| {
-            let inbox = self.topology.inbox_queue(&self.node);
-            channel.queue_delete(inbox.as_str().into(), QueueDeleteOptions::default()).await
-        };
-        let deleted = timeout(CLOSE_TIMEOUT, on_own_channel(&self.publishing, delete)).await;
-        if !matches!(deleted, Ok(Ok(_))) {
-            tracing::debug!("the inbox was not deleted; it expires by itself");
-        }
+        delete(&self.publishing, &self.topology.inbox_queue(&self.node)).await;
         for connection in [&self.consuming, &self.publishing] {
             close(connection).await;
         }

@@ -1,8 +1,19 @@
 //! The names and arguments of everything on the broker.
+//!
+//! | object | name | made by | gone |
+//! |---|---|---|---|
+//! | exchange for electrons | `<namespace>` | every session | never |
+//! | dead letters | `<namespace>.dead` | every session | never |
+//! | inbox of a node | `<namespace>.inbox.<node>` | every session | when closed, or 30 min after the node |
+//! | queue of an atom | `<namespace>.atom.<atom>` | whoever subscribes or sends to it | never |
+//! | lease queue, and the exchange before it | `<namespace>.lease.<node>.<session>` | the first to park in a session | when closed and known to be empty, or 2 h after the session |
+//!
+//! A lease queue takes what is published to its exchange under the routing key of the atom, and leads what is
+//! not held for 5 s back to the exchange for electrons, under that same key.
 
 use std::{collections::BTreeMap, time::Duration};
 
-use atomizer::{Address, AtomId, ConductorId, InvalidId, NodeId, SendError};
+use atomizer::{Address, AtomId, ConductorId, Epoch, InvalidId, NodeId, SendError};
 use lapin::{
     Channel, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
@@ -11,6 +22,16 @@ use lapin::{
 
 /// How long an inbox outlives its node. In it lie the answers to a node that will not come back.
 const INBOX_EXPIRES: Duration = Duration::from_secs(30 * 60);
+
+/// How long a parked electron waits in its lease queue when its session is gone, or has yet to receive it.
+/// While the session holds it, it does not run out.
+const LEASE_TTL: Duration = Duration::from_secs(5);
+/// How long a lease queue outlives its session. An expiring queue loses what it holds: by then all of it must
+/// have gone back, to queues that may have been out of reach for a while.
+const LEASE_EXPIRES: Duration = Duration::from_secs(2 * 60 * 60);
+/// How long a parked electron may be held, where brokers let a queue say (from 3.12 on): as long as 32 bits
+/// of milliseconds can tell.
+const LEASE_HELD_MAX: Duration = Duration::from_millis(i32::MAX as u64);
 
 /// The broker's own limit of deliveries, as a last guard only: far above anything the runtime allows.
 /// Version 4 has 20 unless told otherwise, and drops what exceeds it.
@@ -48,6 +69,14 @@ impl Topology {
 
     pub(crate) fn inbox_queue(&self, node: &NodeId) -> String {
         format!("{}.inbox.{node}", self.namespace)
+    }
+
+    /// The name of the lease queue of one session, and of the exchange before it.
+    ///
+    /// Of a session and not of a node: the broker may take a while to see that an earlier session of the node
+    /// is gone, and would go on to deliver to it what this one parks.
+    pub(crate) fn lease_queue(&self, node: &NodeId, epoch: Epoch) -> String {
+        format!("{}.lease.{node}.{epoch:?}", self.namespace)
     }
 
     fn dead_queue(&self) -> String {
@@ -89,21 +118,50 @@ impl Topology {
         node: &NodeId,
     ) -> lapin::Result<()> {
         let mut inbox = quorum();
-        let expires_ms = i64::try_from(INBOX_EXPIRES.as_millis()).unwrap_or(i64::MAX);
-        inbox.insert("x-expires".into(), AMQPValue::LongLongInt(expires_ms));
+        inbox.insert("x-expires".into(), milliseconds(INBOX_EXPIRES));
         declare(channel, &self.inbox_queue(node), inbox).await
+    }
+
+    /// Declares a lease queue and the exchange before it.
+    ///
+    /// The exchange brings everything to the queue, whatever its routing key. So the key can be that of the
+    /// atom, and the broker keeps it when it gives back what has waited too long: one lease queue serves all
+    /// atoms. The exchange goes with the queue.
+    pub(crate) async fn declare_lease(&self, channel: &Channel, name: &str) -> lapin::Result<()> {
+        let options =
+            ExchangeDeclareOptions { durable: true, auto_delete: true, ..Default::default() };
+        channel
+            .exchange_declare(name.into(), ExchangeKind::Fanout, options, FieldTable::default())
+            .await?;
+        let mut lease = self.dead_lettering(None);
+        lease.insert("x-message-ttl".into(), milliseconds(LEASE_TTL));
+        lease.insert("x-expires".into(), milliseconds(LEASE_EXPIRES));
+        lease.insert("x-consumer-timeout".into(), milliseconds(LEASE_HELD_MAX));
+        declare(channel, name, lease).await?;
+        let options = QueueBindOptions::default();
+        channel
+            .queue_bind(name.into(), name.into(), "".into(), options, FieldTable::default())
+            .await
     }
 
     /// Declares the queue of one atom.
     pub(crate) async fn declare_atom(&self, channel: &Channel, atom: &AtomId) -> lapin::Result<()> {
+        let arguments = self.dead_lettering(Some(DEAD_KEY));
+        self.declare_bound(channel, &self.atom_queue(atom), &atom_key(atom), arguments).await
+    }
+
+    /// A quorum queue that leads what it drops to our exchange: with this key, or each message with its own.
+    fn dead_lettering(&self, key: Option<&str>) -> BTreeMap<ShortString, AMQPValue> {
         let mut arguments = quorum();
         let text = |text: &str| AMQPValue::LongString(text.into());
         arguments.insert("x-dead-letter-exchange".into(), text(&self.namespace));
-        arguments.insert("x-dead-letter-routing-key".into(), text(DEAD_KEY));
+        if let Some(key) = key {
+            arguments.insert("x-dead-letter-routing-key".into(), text(key));
+        }
         // Without these two the broker's dead-lettering may lose messages.
         arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
         arguments.insert("x-overflow".into(), text("reject-publish"));
-        self.declare_bound(channel, &self.atom_queue(atom), &atom_key(atom), arguments).await
+        arguments
     }
 
     async fn declare_bound(
@@ -125,6 +183,10 @@ const DEAD_KEY: &str = "dead";
 
 fn atom_key(atom: &AtomId) -> String {
     format!("atom.{atom}")
+}
+
+fn milliseconds(duration: Duration) -> AMQPValue {
+    AMQPValue::LongLongInt(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
 fn quorum() -> BTreeMap<ShortString, AMQPValue> {

@@ -5,6 +5,7 @@
 mod faults;
 mod interop;
 mod open;
+mod parking;
 mod publishing;
 mod support;
 mod topology;
