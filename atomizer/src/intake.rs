@@ -11,7 +11,7 @@ use tokio::{
 use crate::{
     AtomId, Delivery, EventKind, SessionError, Source, Subscription,
     ask::Asker,
-    link::{Link, STOP_TIMEOUT, SharedSession, backoff, guard},
+    link::{Fault, Link, STOP_TIMEOUT, SharedSession, backoff, guard},
     node::Node,
 };
 
@@ -23,6 +23,8 @@ pub(crate) struct Intake {
     sessions: watch::Receiver<Option<SharedSession>>,
     state: State,
     pauses: Box<dyn Iterator<Item = Duration> + Send>,
+    /// How often in a row subscribing failed.
+    refusals: u32,
     /// Told once, when the first subscription was made or refused.
     tried: Option<oneshot::Sender<()>>,
 }
@@ -58,6 +60,7 @@ impl Intake {
             window,
             state: State::NoSession,
             pauses: Box::new(backoff()),
+            refusals: 0,
             tried: Some(tried),
         }
     }
@@ -93,7 +96,11 @@ impl Intake {
                         self.subscribed();
                         self.state = State::Open(session, subscription);
                     }
-                    Err(error) => self.lost(&error),
+                    Err(error) => {
+                        let session = Arc::clone(session);
+                        self.refused(&session, &error);
+                        self.lost(&error);
+                    }
                 },
                 State::Open(session, subscription) => {
                     let next = guard(None, subscription.next(max));
@@ -161,7 +168,18 @@ impl Intake {
         }
     }
 
+    /// A session that has ended says so. One that does not, and refuses what is the node's own again and again,
+    /// is of no use all the same.
+    fn refused(&mut self, session: &SharedSession, error: &SessionError) {
+        const REFUSALS_MAX: u32 = 5;
+        self.refusals += 1;
+        if self.source == Source::Inbox && self.refusals % REFUSALS_MAX == 0 {
+            self.link.distrust(session, &Fault::Useless(error.to_string()));
+        }
+    }
+
     fn subscribed(&mut self) {
+        self.refusals = 0;
         self.pauses = Box::new(backoff());
         drop(self.tried.take());
         let atom = self.atom();

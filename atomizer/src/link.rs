@@ -71,6 +71,8 @@ pub(crate) struct GaveUp {
 pub(crate) enum Fault {
     Panicked(String),
     NoAnswer(Duration),
+    /// It has ended and does not say so.
+    Useless(String),
 }
 
 impl fmt::Display for Fault {
@@ -78,6 +80,7 @@ impl fmt::Display for Fault {
         match self {
             Self::Panicked(message) => write!(f, "panicked: {message}"),
             Self::NoAnswer(limit) => write!(f, "no answer within {limit:?}"),
+            Self::Useless(reason) => write!(f, "of no use: {reason}"),
         }
     }
 }
@@ -282,7 +285,7 @@ impl Link {
 
     /// Lets go of a session that cannot be relied on, if it is still the one that is open: what it holds is
     /// delivered again.
-    fn distrust(&self, session: &SharedSession, fault: &Fault) -> String {
+    pub(crate) fn distrust(&self, session: &SharedSession, fault: &Fault) -> String {
         let reason = self.caught(fault);
         if self.session.borrow().as_ref().is_some_and(|open| Arc::ptr_eq(open, session)) {
             let mut distrusted =

@@ -64,8 +64,11 @@ async fn survives(op: Op, fault: Fault) {
     };
     let began = Instant::now();
     let rounds = async {
-        for _ in 0..5 {
+        for round in 0..5 {
             all_answered(&asker, 4).await;
+            if ends && round == 0 {
+                faults.end_sessions("once more");
+            }
         }
     };
     tokio::join!(rounds, unstick);
