@@ -22,6 +22,12 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
+    /// All on the runtime of the caller.
+    pub(crate) fn here() -> Self {
+        let atoms = Handle::current();
+        Self { pool: atoms.clone(), atoms }
+    }
+
     /// Runs an atom among the others.
     pub(crate) fn spawn(&self, run: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
         self.atoms.spawn(run).abort_handle()
@@ -53,7 +59,7 @@ where
 {
     let atoms = Handle::current();
     if atoms.runtime_flavor() == RuntimeFlavor::CurrentThread {
-        tokio::spawn(node(Threads { pool: atoms.clone(), atoms }));
+        tokio::spawn(node(Threads::here()));
         return Ok(());
     }
     let home = runtime::Builder::new_current_thread()

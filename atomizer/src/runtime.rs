@@ -465,3 +465,38 @@ impl Signals {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Memory, Policy, admission::Admission, event::Events, home::Threads, node::Rules};
+
+    /// No way is known to make a part of the runtime fail from outside; so one is put in that does.
+    #[tokio::test(start_paused = true)]
+    async fn a_part_of_the_runtime_that_fails_ends_the_node_with_a_report() {
+        let id = NodeId::unique("failing").unwrap();
+        let events = Events::new(id.clone());
+        let mut watched = events.subscribe();
+        let (stage_tx, stage) = watch::channel(Stage::Running);
+        let rules = Rules { policy: Policy::fail(), lives_max: 5, stuck_max: 1 };
+        let node = Node::new(id, Admission::new(1), events, stage, Threads::here(), rules);
+        let link =
+            Arc::new(Link::new(ConductorId::from_static("memory"), Arc::new(Memory::new()), None));
+        link.open_first(&node, None).await.unwrap();
+        let start = Supervisor::start(node, stage_tx, vec![link], &[], Vec::new(), Duration::ZERO);
+        let (atomizer, mut supervisor) = start.await;
+        supervisor.workers.spawn(async { panic!("a defect") });
+        let (report, ()) = tokio::join!(atomizer.run(), supervisor.run());
+        let Err(NodeError::Supervisor(reason)) = report else { panic!("it fails: {report:?}") };
+        assert!(reason.contains("a defect"), "{reason}");
+        let critical = async {
+            while let Some(event) = watched.next().await {
+                if matches!(event.unwrap().kind, EventKind::Critical { .. }) {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(critical.await, "it is told");
+    }
+}

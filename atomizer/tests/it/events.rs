@@ -1,8 +1,10 @@
 //! The stream of events: complete for who keeps up, honest to who does not, free for who does not look.
 
-use atomizer::{EventKind, prelude::*};
+use std::time::Duration;
 
-use crate::atoms::{Obedient, Order};
+use atomizer::{CallError, Event, EventKind, Resident, prelude::*};
+
+use crate::atoms::{Obedient, Order, watched};
 
 fn name(kind: &EventKind) -> &'static str {
     match kind {
@@ -47,7 +49,11 @@ async fn a_subscriber_that_does_not_read_is_told_how_many_it_missed() {
     drop(atomizer);
     while let Some(event) = asleep.next().await {
         match event {
-            Ok(_) => seen += 1,
+            Ok(event) => {
+                // The numbers tell the same as the count of what was missed.
+                assert_eq!(event.sequence, seen + missed);
+                seen += 1;
+            }
             Err(lost) => missed += lost.events,
         }
     }
@@ -64,4 +70,83 @@ async fn a_watcher_sees_the_start() {
     let first = rx.recv().unwrap().next().await.unwrap().unwrap();
     assert!(matches!(first.kind, EventKind::SessionOpened), "{first}");
     atomizer.drain().await.unwrap();
+}
+
+/// Fails once as a resident, so that there is more to tell.
+struct Restless;
+
+impl Resident for Restless {
+    const ID: &'static str = "restless";
+
+    async fn run(&self, cx: &Context) -> Result<()> {
+        match cx.attempt() {
+            1 => Err(AtomError::msg("two\nlines")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Each event names what it is about, prints as one line, stands in its place, and survives the way through
+/// JSON.
+#[tokio::test(start_paused = true)]
+async fn events_are_numbered_without_gaps_name_their_subject_and_travel() {
+    let memory = Memory::new();
+    let builder = Atomizer::builder().conductor(memory.clone()).atom(Obedient);
+    let (atomizer, mut events) = watched(builder.resident(|| Restless)).await;
+    let policy = Policy::retry(1).then_requeue(1).backoff(Backoff::none());
+    let failing = atomizer.call::<Obedient>(Order::Panic("at\nthe disco".into())).policy(policy);
+    assert!(matches!(failing.await, Err(CallError::Failed(_))));
+    atomizer.call::<Obedient>(Order::Echo("hello".into())).await.unwrap();
+    memory.cut();
+    atomizer.call::<Obedient>(Order::Echo("again".into())).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    atomizer.drain().await.unwrap();
+    drop(atomizer);
+    let mut seen = std::collections::BTreeSet::new();
+    let mut next = 0;
+    while let Some(event) = events.next().await {
+        let event = event.unwrap();
+        assert_eq!(event.sequence, next, "no gap");
+        next += 1;
+        assert!(!event.to_string().contains('\n'), "one line each: {event}");
+        let json = serde_json::to_value(&event).unwrap();
+        assert_eq!(
+            serde_json::from_value::<Event>(json.clone()).unwrap().to_string(),
+            event.to_string()
+        );
+        let name = json["event"].as_str().unwrap().to_owned();
+        assert_eq!(json["electron"].is_string(), event.electron().is_some(), "{json}");
+        assert_eq!(json["atom"].is_string(), event.atom().is_some(), "{json}");
+        assert_eq!(json["attempt"].is_u64(), event.attempt().is_some(), "{json}");
+        // What an electron goes through, and what a session does, comes through a conductor.
+        let own =
+            event.electron().is_some() || name.contains("session") || name.contains("subscri");
+        assert_eq!(event.conductor.is_some(), own, "{json}");
+        seen.insert(name);
+    }
+    for expected in [
+        "session_opened",
+        "session_lost",
+        "subscribed",
+        "received",
+        "started",
+        "retried",
+        "requeued",
+        "failed",
+        "completed",
+        "resident_started",
+        "resident_failed",
+        "resident_ended",
+        "draining",
+        "stopped",
+    ] {
+        assert!(seen.contains(expected), "{expected} is not among {seen:?}");
+    }
+}
+
+#[test]
+fn an_event_of_a_later_version_is_read() {
+    let json = r#"{"sequence":7,"at":"2026-11-21T00:00:00Z","node":"n-1","event":"sang","song":1}"#;
+    let event: Event = serde_json::from_str(json).unwrap();
+    assert_eq!((event.sequence, event.kind), (7, EventKind::Other));
 }
