@@ -226,3 +226,52 @@ async fn an_electron_in_work_on_a_node_that_is_cut_off_runs_on_another() {
     drop(cut_off);
     blocking(move || drop((vhost, proxy))).await;
 }
+
+/// The server closes the channel under what runs, as it does when its acknowledgement time-out is over: each
+/// is delivered again, to the node that still runs it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_while_the_server_closes_its_channel_is_adopted() {
+    const ELECTRONS: usize = 10;
+    let broker = Arc::new(blocking(|| Broker::start().unwrap()).await);
+    let (impatient, url) = (Arc::clone(&broker), broker.url("/"));
+    blocking(move || {
+        // The time-out, and how often a channel looks whether it is over, in milliseconds.
+        let set = "application:set_env(rabbit, consumer_timeout, 3000),
+                   application:set_env(rabbit, channel_tick_interval, 500).";
+        impatient.ctl(&["eval", set]).unwrap();
+    })
+    .await;
+    let (runs, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
+    let held = Held { runs: Arc::clone(&runs), gate: Arc::clone(&gate) };
+    let worker = Atomizer::builder().conductor(rabbit(&url)).atom(held).start().await.unwrap();
+    let mut events = worker.events();
+    let asker = asker(&url).await;
+    let mut asked = asker.events();
+    let mut calls = JoinSet::new();
+    for number in 0..ELECTRONS as u64 {
+        let asker = asker.clone();
+        calls.spawn(async move { (number, asker.call::<Held>(number).await) });
+    }
+    let lost = |kind: &EventKind| matches!(kind, EventKind::SubscriptionLost { atom: Some(_), .. });
+    let EventKind::SubscriptionLost { error, .. } = until(&mut events, lost).await else {
+        unreachable!("it was waited for")
+    };
+    assert!(error.contains("PRECONDITION_FAILED") || error.contains("timed out"), "{error}");
+    for _ in 0..ELECTRONS {
+        until(&mut events, |kind| matches!(kind, EventKind::Adopted { .. })).await;
+    }
+    gate.add_permits(ELECTRONS);
+    while let Some(answered) = soon(calls.join_next()).await {
+        let (number, answer) = answered.unwrap();
+        assert_eq!(answer.unwrap(), number);
+    }
+    assert_eq!(runs.load(Ordering::SeqCst), ELECTRONS, "each ran once");
+    worker.drain().await.unwrap();
+    asker.drain().await.unwrap();
+    drop(asker);
+    while let Some(event) = asked.next().await {
+        let twice = event.is_ok_and(|event| matches!(event.kind, EventKind::AnswerDropped { .. }));
+        assert!(!twice, "each was answered once");
+    }
+    blocking(move || drop(broker)).await;
+}
