@@ -181,7 +181,7 @@ impl Limits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Census {
-    /// How many electrons wait.
+    /// How many electrons wait, those that are kept back included as far as the conductor knows.
     pub ready: u64,
     /// How many subscriptions take from it, this session's own included.
     pub subscribers: u64,

@@ -173,7 +173,7 @@ impl Intake {
     fn refused(&mut self, session: &SharedSession, error: &SessionError) {
         const REFUSALS_MAX: u32 = 5;
         self.refusals += 1;
-        if self.source == Source::Inbox && self.refusals % REFUSALS_MAX == 0 {
+        if self.source == Source::Inbox && self.refusals.is_multiple_of(REFUSALS_MAX) {
             self.link.distrust(session, &Fault::Useless(error.to_string()));
         }
     }

@@ -39,6 +39,10 @@ struct Options {
     /// Give up when the broker cannot be reached for so long at the start, as in 30s or 5m [default: never].
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     connect_timeout: Option<Duration>,
+    /// Give up when a broker that was there is gone for so long, as in 30s or 5m, and exit with 1 [default:
+    /// never].
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    give_up_after: Option<Duration>,
     /// What the id of this node begins with.
     #[arg(long, default_value = "agent", value_parser = node_name)]
     name: String,
@@ -67,6 +71,7 @@ async fn agent(options: Options) -> anyhow::Result<Exit> {
         .atom(MonteCarlo::default())
         .atom(tosses.atom())
         .drain_timeout(DRAIN_TIMEOUT)
+        .give_up_after(options.give_up_after)
         // An error says that nobody is left to watch.
         .watch(|events| drop(hand_over.send(events)));
     if let Some(limit) = options.concurrency {

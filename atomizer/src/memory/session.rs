@@ -317,7 +317,7 @@ impl Session for MemorySession {
         let broker = self.broker.lock();
         let queue = broker.queues.get(&QueueName::Atom(atom.clone()));
         Ok(queue.map_or(Census::new(0, 0), |queue| {
-            Census::new(queue.ready.len() as u64, queue.subscribers.len() as u64)
+            Census::new(queue.len() as u64, queue.subscribers.len() as u64)
         }))
     }
 

@@ -18,6 +18,7 @@ mod limits;
 mod once;
 mod policies;
 mod raw;
+mod soak;
 mod start;
 mod supervision;
 mod suspects;

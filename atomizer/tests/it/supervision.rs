@@ -43,7 +43,7 @@ async fn all_answered(asker: &Atomizer, count: usize) {
 
 /// Does this to a node at work, and sees that nothing is lost and the node goes on.
 async fn survives(op: Op, fault: Fault) {
-    let World { faults, serving, asker, .. } = world().await;
+    let World { faults, serving, asker } = world().await;
     all_answered(&asker, 3).await;
     faults.times(op, fault, 2);
     // What comes with a session comes with the next one; and what a conductor never says cannot be noticed.
@@ -174,7 +174,7 @@ async fn a_suspect_that_cannot_be_written_comes_again() {
 async fn draining_does_not_wait_for_a_conductor_that_does_not_answer() {
     for op in [Op::Stop, Op::Close] {
         for fault in [Fault::Hang, Fault::Panic] {
-            let World { faults, serving, asker, .. } = world().await;
+            let World { faults, serving, asker } = world().await;
             all_answered(&asker, 3).await;
             faults.always(op, fault);
             let began = Instant::now();

@@ -131,3 +131,20 @@ fn a_crash_of_the_broker_costs_nothing() {
     broker.start_again().expect("it starts again");
     assert_eq!(answer(console), expected);
 }
+
+/// Gone for good: the agent says what, for how long and how often it tried, and exits.
+#[test]
+fn an_agent_whose_broker_is_gone_for_good_exits_with_the_report() {
+    let broker = Broker::start().expect("a broker");
+    let url = broker.url("/");
+    let mut agent = Program::start("agent", &["--amqp", &url, "--give-up-after", "2s"]);
+    agent.wait_for(From::Stderr, "serves montecarlo and montecarlo.toss");
+    broker.kill().expect("it runs");
+    let killed = Instant::now();
+    let ended = agent.end();
+    let report = ended.failed_with(1);
+    assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
+    for part in ["error: the last conductor, rabbitmq, is given up: ", "gone since 20", "tries"] {
+        assert!(report.contains(part), "{part:?} is not in {report}");
+    }
+}

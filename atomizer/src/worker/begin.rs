@@ -1,0 +1,150 @@
+//! How an electron begins to run.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::{
+    Step, TICK, Worker,
+    held::{Began, Begun, Held, Running},
+};
+use crate::{
+    Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
+    admission::{Permit, Priority, Slot},
+    life::{Fact, Leave, State},
+    run::{Report, RunId},
+};
+
+impl Worker {
+    pub(super) fn on_admitted(&mut self, permit: Permit) {
+        self.queued = None;
+        if let Some(held) = self.ready.pop_front() {
+            self.start(held, permit, Began::now());
+        }
+        self.start_ready();
+    }
+
+    /// Starts what there are permits for, and queues for one more when something is left.
+    pub(super) fn start_ready(&mut self) {
+        if self.queued.is_some() || self.ready.is_empty() {
+            return;
+        }
+        let admission = Arc::clone(&self.asker.node.admission);
+        let began = Began::now();
+        while let Some(held) = self.ready.pop_front() {
+            let Some(permit) = admission.try_acquire(self.atom.lane) else {
+                self.ready.push_front(held);
+                self.queued = Some(admission.acquire(self.atom.lane, Priority::Start));
+                return;
+            };
+            self.start(held, permit, began);
+        }
+    }
+
+    pub(super) fn start(&mut self, mut held: Held, permit: Permit, began: Began) {
+        let id = held.electron.id;
+        if let Some(begun) = self.begun.get_mut(&id) {
+            let (Begun::Running(Running { held: first, .. }) | Begun::Pausing { held: first, .. }) =
+                begun;
+            if let Some(ticket) = held.ticket {
+                first.adopt(held.electron, ticket);
+            }
+            return;
+        }
+        if held.is_expired(began.instant) {
+            let failure =
+                Failure::new(FailureKind::Expired, "its deadline passed before it was begun");
+            let failure = self.stamp(failure, &held.electron);
+            let asked = held.electron.reply_to.is_some();
+            let dead =
+                held.on(Fact::Expired { asked }) == State::Leaving(Leave::Failed { dead: true });
+            let batch = self.fail(held, began, &failure, dead);
+            return self.settle(batch);
+        }
+        if self.atom.options.is_at_most_once() && held.ticket.is_some() {
+            return self.take_for_good(held, permit);
+        }
+        self.begin(held, permit, began);
+    }
+
+    /// Removes an electron from its queue before it is begun, so that it can never be begun again.
+    pub(super) fn take_for_good(&self, mut held: Held, permit: Permit) {
+        let (session, link) = (self.intake.session(), Arc::clone(&self.asker.link));
+        let ticket = held.ticket.take().expect("it was looked at");
+        self.asked.push(Box::pin(async move {
+            let taken = match session {
+                Some(session) => {
+                    let batch = vec![(ticket, Outcome::take())];
+                    link.settle(&session, batch).await.pop().unwrap_or(Ok(()))
+                }
+                None => Err(SettleError::Stale),
+            };
+            Step::TakenForGood { held, permit, taken }
+        }));
+    }
+
+    pub(super) fn on_taken_for_good(
+        &mut self,
+        held: Held,
+        permit: Permit,
+        taken: Result<(), SettleError>,
+    ) {
+        match taken {
+            Ok(()) => self.begin(held, permit, Began::now()),
+            // It may have been removed or not. It must not be begun here: it may be begun elsewhere.
+            Err(error) => self.let_go(&held, error.to_string()),
+        }
+        self.start_ready();
+    }
+
+    pub(super) fn let_go(&self, held: &Held, reason: String) {
+        let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
+        tracing::warn!(atom = %self.atom.id, %electron, %reason, "not settled here");
+        self.emit(|atom| EventKind::NotSettled { electron, atom, attempt, reason });
+    }
+
+    pub(super) fn begin(&mut self, mut held: Held, permit: Permit, began: Began) {
+        held.on(Fact::Admitted);
+        if self.begun.is_empty() {
+            self.next_tick = self.next_tick.max(began.instant + TICK);
+        }
+        let (id, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
+        self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
+        let slot = Arc::new(Slot::new(permit));
+        let context = Context::new(self.asker.clone(), Arc::clone(&held.electron), slot)
+            .of_kind(self.atom.kind)
+            .until(held.deadline);
+        let run = RunId(self.next_run);
+        self.next_run += 1;
+        let report = Report { electron: id, run, to: self.finish.clone(), result: None };
+        let blocking = self.atom.options.is_blocking();
+        let threads = &self.asker.node.threads;
+        let run = Arc::clone(&self.atom.atom).start(context, blocking, threads, report);
+        let limit = self.limit(&held, began.instant);
+        if let Some((at, _)) = limit {
+            self.look_after(id, at);
+        }
+        let running = Running { held, began, limit, run, polls: 0, told: false };
+        self.begun.insert(id, Begun::Running(running));
+    }
+
+    /// When a run is stopped, and what for: its time limit, or its deadline.
+    pub(super) fn limit(&self, held: &Held, now: Instant) -> Option<(Instant, FailureKind)> {
+        let limit = held.electron.time_limit.or(self.atom.options.run_time_limit());
+        let limit = limit.and_then(|limit| now.checked_add(limit));
+        match (limit, held.deadline) {
+            (Some(limit), Some(deadline)) if deadline < limit => {
+                Some((deadline, FailureKind::Expired))
+            }
+            (Some(limit), _) => Some((limit, FailureKind::TimedOut)),
+            (None, deadline) => deadline.map(|deadline| (deadline, FailureKind::Expired)),
+        }
+    }
+
+    /// Sees to it that an electron is looked at on time. What is far off waits for a tick.
+    pub(super) fn look_after(&mut self, electron: ElectronId, at: Instant) {
+        if at <= self.next_tick {
+            self.alarms.insert((at, electron));
+        }
+    }
+}

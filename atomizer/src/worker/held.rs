@@ -1,0 +1,104 @@
+//! What a worker holds of one electron.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+
+use crate::{
+    Electron, ElectronId, Failure, FailureKind, Ticket, clock,
+    life::{Fact, State},
+    run::Run,
+    settle::Spent,
+};
+
+/// An electron, with the right and the duty to settle it.
+pub(super) struct Held {
+    pub(super) electron: Arc<Electron>,
+    pub(super) state: State,
+    /// None once it was taken for good: at most once.
+    pub(super) ticket: Option<Ticket>,
+    /// Deliveries of the same electron that came while it was here: after its session was lost, or because it
+    /// was sent twice. One run answers for all, each as it asks.
+    pub(super) adopted: Vec<(Arc<Electron>, Ticket)>,
+    /// When nobody wants it any more.
+    pub(super) deadline: Option<Instant>,
+    /// Its turn as a suspect.
+    pub(super) alone: Option<OwnedSemaphorePermit>,
+}
+
+impl Held {
+    pub(super) fn adopt(&mut self, electron: Arc<Electron>, ticket: Ticket) {
+        // What an earlier session delivered went back when it ended.
+        let epoch = ticket.epoch();
+        self.adopted.retain(|(_, held)| held.epoch() == epoch);
+        match &mut self.ticket {
+            Some(held) if held.epoch() != epoch => *held = ticket,
+            _ => self.adopted.push((electron, ticket)),
+        }
+    }
+
+    /// Moves on in its life.
+    pub(super) fn on(&mut self, fact: Fact) -> State {
+        let next = self.state.next(fact);
+        self.state = next.unwrap_or_else(|| unreachable!("{fact:?} in {:?}", self.state));
+        self.state
+    }
+
+    pub(super) fn left(&self, now: Instant) -> Option<Duration> {
+        self.deadline.map(|deadline| deadline.saturating_duration_since(now))
+    }
+
+    /// Each delivery, to be settled.
+    pub(super) fn deliveries(self) -> impl Iterator<Item = (Arc<Electron>, Option<Ticket>)> {
+        let adopted = self.adopted.into_iter().map(|(electron, ticket)| (electron, Some(ticket)));
+        adopted.chain([(self.electron, self.ticket)])
+    }
+
+    pub(super) fn is_expired(&self, now: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+}
+
+pub(super) enum Begun {
+    Running(Running),
+    Pausing { held: Held, failure: Failure, until: Instant },
+}
+
+pub(super) struct Running {
+    pub(super) held: Held,
+    pub(super) began: Began,
+    /// When it is stopped, and what for.
+    pub(super) limit: Option<(Instant, FailureKind)>,
+    pub(super) run: Run,
+    /// How often it had been polled at the last tick.
+    pub(super) polls: u32,
+    pub(super) told: bool,
+}
+
+pub(super) struct Overdue {
+    pub(super) electron: ElectronId,
+    pub(super) attempt: u32,
+    pub(super) since: Instant,
+    pub(super) told: bool,
+    pub(super) _run: Run,
+}
+
+/// A moment on both clocks: one to tell people, one to measure with.
+#[derive(Clone, Copy)]
+pub(super) struct Began {
+    pub(super) at: SystemTime,
+    pub(super) instant: Instant,
+}
+
+impl Began {
+    pub(super) fn now() -> Self {
+        Self { at: clock::now(), instant: Instant::now() }
+    }
+
+    pub(super) fn spent(self, now: Instant) -> Spent {
+        Spent { at: self.at, took: now.saturating_duration_since(self.instant) }
+    }
+}

@@ -1,0 +1,107 @@
+//! What time brings: limits that fire, pauses that end, runs that hold their thread or do not stop.
+
+use tokio::time::Instant;
+
+use super::{
+    ALONE_MAX, TICK, Worker,
+    held::{Begun, Overdue, Running},
+};
+use crate::{ElectronId, EventKind, FailureKind, Kind, error::Failed, life::Fact};
+
+impl Worker {
+    pub(super) fn on_alarm(&mut self, now: Instant) {
+        while let Some(&(at, electron)) = self.alarms.first().filter(|(at, _)| *at <= now) {
+            self.alarms.remove(&(at, electron));
+            self.look_at(electron, now);
+        }
+        if self.next_tick <= now {
+            self.next_tick = now + TICK;
+            self.on_tick(now);
+        }
+        self.start_ready();
+    }
+
+    /// Stops a run whose time is over, or begins the next attempt.
+    pub(super) fn look_at(&mut self, electron: ElectronId, now: Instant) {
+        match self.begun.get(&electron) {
+            Some(Begun::Running(Running { limit: Some((at, kind)), run, .. })) if *at <= now => {
+                let (run, kind) = (run.id, *kind);
+                if let Some(running) = self.take_running(electron, run) {
+                    self.give_up(running, kind, now);
+                }
+            }
+            Some(Begun::Pausing { until, .. }) if *until <= now => {
+                if let Some(Begun::Pausing { mut held, .. }) = self.begun.remove(&electron) {
+                    held.on(Fact::Rested);
+                    self.ready.push_back(held);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Ends a run for everyone but itself: its slot is free, and its asker is answered, whether it stops or not.
+    /// The slot of a singleton waits for the true end.
+    pub(super) fn give_up(&mut self, running: Running, kind: FailureKind, now: Instant) {
+        let Running { held, began, limit, mut run, .. } = running;
+        let message = match limit {
+            Some((at, FailureKind::TimedOut)) => {
+                let limit = humantime::format_duration(at.saturating_duration_since(began.instant));
+                format!("did not finish within {limit}")
+            }
+            _ => "its deadline passed while it ran".to_owned(),
+        };
+        if self.atom.kind != Kind::Singleton {
+            run.slot.revoke();
+        }
+        let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
+        run.abort();
+        let id = run.id;
+        self.overdue.insert(id, Overdue { electron, attempt, since: now, told: false, _run: run });
+        let mut batch = Vec::new();
+        self.after_failure(held, began, Failed::new(kind, message), &mut batch);
+        self.settle(batch);
+    }
+
+    pub(super) fn on_tick(&mut self, now: Instant) {
+        let next_tick = self.next_tick;
+        let mut blocking = Vec::new();
+        for (id, begun) in &mut self.begun {
+            let Begun::Running(running) = begun else { continue };
+            if let Some((at, _)) = running.limit.filter(|(at, _)| *at <= next_tick) {
+                self.alarms.insert((at, *id));
+            }
+            if now.saturating_duration_since(running.began.instant) >= ALONE_MAX {
+                running.held.alone = None;
+            }
+            let polls = running.run.slot.polls();
+            let in_one_poll = polls % 2 == 1 && polls == running.polls;
+            running.polls = polls;
+            if in_one_poll && !self.atom.options.is_blocking() && !running.told {
+                running.told = true;
+                blocking.push((*id, running.held.electron.attempts.saturating_add(1)));
+            }
+        }
+        for (electron, attempt) in blocking {
+            tracing::warn!(atom = %self.atom.id, %electron, "blocks its thread; is `Options::blocking` missing?");
+            self.emit(|atom| EventKind::Blocking { electron, atom, attempt });
+        }
+        self.tell_of_overdue(now);
+    }
+
+    pub(super) fn tell_of_overdue(&mut self, now: Instant) {
+        let mut stuck = Vec::new();
+        for overdue in self.overdue.values_mut() {
+            let overdue_for = now.saturating_duration_since(overdue.since);
+            if !overdue.told && overdue_for >= TICK {
+                overdue.told = true;
+                stuck.push((overdue.electron, overdue.attempt, overdue_for));
+            }
+        }
+        for (electron, attempt, overdue) in stuck {
+            tracing::warn!(atom = %self.atom.id, %electron, "does not stop after its time limit");
+            self.emit(|atom| EventKind::Stuck { electron, atom, attempt, overdue });
+            self.asker.node.count_stuck(&format!("{} {electron}", self.atom.id));
+        }
+    }
+}
