@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use atomizer::{Atomizer, Memory};
+use atomizer::Atomizer;
 use atomizer_atoms::{MonteCarlo, Request};
 use atomizer_examples::{
     Exit, broker, cli,
@@ -94,10 +94,7 @@ async fn start(amqp: Option<RabbitMq>, request: Request, work: &Work) -> anyhow:
         .atom(work.here.atom())
         // What may still run at the end is the work of others, or was interrupted.
         .drain_timeout(Duration::from_millis(200));
-    match amqp {
-        Some(url) => broker::start(builder, url, broker::PATIENCE).await,
-        None => Ok(builder.conductor(Memory::new()).start().await?),
-    }
+    broker::start_or_in_memory(builder, amqp).await
 }
 
 /// Gives back what still runs. Whoever presses ctrl-c again does not wait for that.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use atomizer::{Atomizer, Builder, OpenError, StartError};
+use atomizer::{Atomizer, Builder, Memory, OpenError, StartError};
 use atomizer_rabbitmq::RabbitMq;
 use clap::Args;
 
@@ -50,6 +50,20 @@ pub async fn start(
         };
         anyhow::Error::new(source).context(format!("failed to connect to {address}{tried}"))
     })
+}
+
+/// Starts a node behind a broker that is tried for [`PATIENCE`], or, without one, in memory.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_or_in_memory(
+    builder: Builder,
+    broker: Option<RabbitMq>,
+) -> anyhow::Result<Atomizer> {
+    match broker {
+        Some(broker) => start(builder, broker, PATIENCE).await,
+        None => Ok(builder.conductor(Memory::new()).start().await?),
+    }
 }
 
 /// Limits how long programs with somebody in front of them try to reach a broker: 5 s.

@@ -4,12 +4,14 @@
 //! - [`cli`] reads numbers and URLs as people type them, and never repeats a password.
 //! - [`broker`] connects to RabbitMQ and says what was tried when that fails.
 //! - [`progress`] shows how far a run has come.
+//! - [`short`] writes ids for people.
 //! - [`tosses`] writes estimates of π, and counts who tossed what.
 
 pub mod broker;
 pub mod cli;
 mod program;
 pub mod progress;
+pub mod short;
 pub mod signals;
 pub mod tosses;
 

@@ -16,7 +16,7 @@ use atomizer::{AtomId, CallError, EventKind, EventStream, FailureKind, Payload, 
 use atomizer_rabbitmq::RabbitMq;
 use atomizer_test_support::Broker;
 use futures::future::join_all;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 
 use crate::{rabbit, vhost};
 
@@ -310,7 +310,8 @@ async fn what_runs_at_most_once_over_rabbitmq_does_not_come_again() {
     let asker = Atomizer::builder().conductor(rabbit(&vhost)).start().await.unwrap();
     let calls =
         (0..ELECTRONS as u64).map(|number| asker.call::<Once>(number).deadline(SOON).into_future());
-    let calls = tokio::spawn(join_all(calls));
+    let mut all = JoinSet::new();
+    all.spawn(join_all(calls));
     for _ in 0..ELECTRONS {
         until(&mut events, |kind| matches!(kind, EventKind::Started { .. })).await;
     }
@@ -319,7 +320,8 @@ async fn what_runs_at_most_once_over_rabbitmq_does_not_come_again() {
     let again = |kind: &EventKind| matches!(kind, EventKind::Subscribed { atom: Some(_) });
     until(&mut events, again).await;
     gate.add_permits(ELECTRONS + 1);
-    for (number, answer) in soon(calls).await.unwrap().into_iter().enumerate() {
+    let answers = soon(all.join_next()).await.unwrap().unwrap();
+    for (number, answer) in answers.into_iter().enumerate() {
         assert_eq!(answer.unwrap(), number as u64);
     }
     // Were anything left in the queue, it would come before this one.

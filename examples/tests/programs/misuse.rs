@@ -33,6 +33,17 @@ fn wrongly_typed_is_said_and_exits_2() {
         ("agent", vec!["--name", "two words"], "is not a valid node id"),
         ("console", vec!["--amqp", "amqps://alice:s3cret@host"], "TLS is not supported yet"),
         ("console", vec!["--deadline", "soon"], "--deadline"),
+        ("policies", vec!["--retry", "3"], "--retry"),
+        ("policies", vec!["amqp://alice:s3cret@host/"], "unexpected argument"),
+        ("housekeeper", vec!["--every", "0s"], "it must be longer than nothing"),
+        ("housekeeper", vec!["--every", "often"], "--every"),
+        ("housekeeper", vec!["--rounds", "0"], "it must be at least 1"),
+        ("housekeeper", vec!["--fail-every", "-1"], "it must not be negative"),
+        ("housekeeper", vec!["--older-than", "old"], "--older-than"),
+        ("housekeeper", vec!["--folder", "/there/is/no/such"], "there is no such folder"),
+        ("housekeeper", vec!["--amqp=alice:s3cret@host"], "for '--amqp <URL>'"),
+        ("protobuf", vec!["--pixels", "0"], "it must be at least 1"),
+        ("protobuf", vec!["--amqp=alice:s3cret@host"], "for '--amqp <URL>'"),
     ] {
         let ended = run(program, &arguments);
         let stderr = ended.failed_with(2);
@@ -44,7 +55,7 @@ fn wrongly_typed_is_said_and_exits_2() {
 #[test]
 fn help_is_given_and_keeps_the_environment_to_itself() {
     let env = [("ATOMIZER_URL", "amqp://alice:s3cret@host/")];
-    for program in ["montecarlo", "agent", "console"] {
+    for program in ["montecarlo", "agent", "console", "housekeeper", "protobuf"] {
         for help in ["-h", "--help"] {
             let ended = Program::start_with(program, &[help], &env).end();
             assert_eq!(ended.code, Some(0), "{ended:#?}");
@@ -67,7 +78,7 @@ fn a_bad_url_in_the_environment_is_wrongly_typed_too() {
 fn a_broker_that_is_not_there_is_tried_for_five_seconds() {
     let port = unused_port();
     let url = format!("amqp://alice:s3cret@127.0.0.1:{port}/jobs");
-    for program in ["montecarlo", "console"] {
+    for program in ["montecarlo", "console", "housekeeper", "protobuf"] {
         let start = Instant::now();
         let ended = run(program, &["--amqp", &url]);
         let stderr = ended.failed_with(1);
