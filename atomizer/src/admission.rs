@@ -272,6 +272,11 @@ impl Slot {
         self.polls.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Whether the run holds a thread at this moment.
+    pub(crate) fn is_polled(&self) -> bool {
+        self.polls() % 2 == 1
+    }
+
     /// Returns how often polling began and ended.
     pub(crate) fn polls(&self) -> u32 {
         self.polls.load(Ordering::Relaxed)

@@ -233,10 +233,14 @@ pub trait RawAtom: Send + Sync + 'static {
     fn id(&self) -> AtomId;
 
     /// Returns what sort of atom it is.
-    fn kind(&self) -> Kind;
+    fn kind(&self) -> Kind {
+        Kind::default()
+    }
 
     /// Returns how it is to be run.
-    fn options(&self) -> Options;
+    fn options(&self) -> Options {
+        Options::default()
+    }
 
     /// Does the job. See [`Atom::process`].
     ///

@@ -140,6 +140,12 @@ pub struct Payload {
 }
 
 impl Payload {
+    /// Wraps bytes of a media type, such as `application/x-protobuf`.
+    #[must_use]
+    pub fn new(content_type: impl Into<ContentType>, body: impl Into<Bytes>) -> Self {
+        Self { content_type: content_type.into(), body: body.into() }
+    }
+
     /// Wraps bytes that are a JSON document.
     #[must_use]
     pub fn json(body: impl Into<Bytes>) -> Self {

@@ -7,7 +7,8 @@ use crate::{Failure, FailureKind};
 /// The result of an atom's work.
 pub type Result<T, E = AtomError> = std::result::Result<T, E>;
 
-/// Why an atom failed. Any error converts into it, so `?` works on everything.
+/// Why an atom failed. Any [`Error`] converts into it, so `?` works on nearly everything; what is no `Error`
+/// itself, such as `anyhow::Error`, is [wrapped](AtomError::wrap).
 ///
 /// What follows is for the electron's [`Policy`](crate::Policy) to say, unless the error says it itself:
 ///
@@ -50,6 +51,12 @@ impl AtomError {
     #[must_use]
     pub fn msg(message: impl fmt::Display) -> Self {
         Self::new(FailureKind::Error, message.to_string().into())
+    }
+
+    /// Makes one of whatever becomes a boxed error: `read().map_err(AtomError::wrap)?`.
+    #[must_use]
+    pub fn wrap(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(FailureKind::Error, source.into())
     }
 
     fn new(kind: FailureKind, source: Box<dyn Error + Send + Sync>) -> Self {

@@ -9,8 +9,8 @@ use crate::ElectronId;
 /// What follows the failure of an attempt. It travels with the electron.
 ///
 /// Three things can follow, in this order: *retry* so many times on the same node, then *requeue* so many
-/// times for a different one, then *fail*: the asker is answered with the last failure. An electron that was
-/// tried more than once, or that nobody asked for, also leaves a dead letter with its history.
+/// times for a different one, then *fail*: the asker is answered with the last failure. It is also a dead letter,
+/// with its history, when nobody asked, or when the policy allowed more than one attempt.
 ///
 /// What an electron says goes before what its [atom](crate::Options::policy) says, and that before what the
 /// [node](crate::Builder::policy) says.

@@ -83,7 +83,7 @@ pub(super) struct Overdue {
     pub(super) attempt: u32,
     pub(super) since: Instant,
     pub(super) told: bool,
-    pub(super) _run: Run,
+    pub(super) run: Run,
 }
 
 /// A moment on both clocks: one to tell people, one to measure with.

@@ -57,7 +57,7 @@ impl Worker {
         let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
         run.abort();
         let id = run.id;
-        self.overdue.insert(id, Overdue { electron, attempt, since: now, told: false, _run: run });
+        self.overdue.insert(id, Overdue { electron, attempt, since: now, told: false, run });
         let mut batch = Vec::new();
         self.after_failure(held, began, Failed::new(kind, message), &mut batch);
         self.settle(batch);
@@ -75,7 +75,7 @@ impl Worker {
                 running.held.alone = None;
             }
             let polls = running.run.slot.polls();
-            let in_one_poll = polls % 2 == 1 && polls == running.polls;
+            let in_one_poll = running.run.slot.is_polled() && polls == running.polls;
             running.polls = polls;
             if in_one_poll && !self.atom.options.is_blocking() && !running.told {
                 running.told = true;
@@ -93,7 +93,8 @@ impl Worker {
         let mut stuck = Vec::new();
         for overdue in self.overdue.values_mut() {
             let overdue_for = now.saturating_duration_since(overdue.since);
-            if !overdue.told && overdue_for >= TICK {
+            // What waits for a thread, to be dropped on it, is not what holds one.
+            if !overdue.told && overdue_for >= TICK && overdue.run.slot.is_polled() {
                 overdue.told = true;
                 stuck.push((overdue.electron, overdue.attempt, overdue_for));
             }
