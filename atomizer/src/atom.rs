@@ -176,11 +176,12 @@ impl Options {
         self
     }
 
-    /// Says that no electron may be begun twice, whatever happens: it is removed from its queue before it is
-    /// begun.
+    /// Says that no message may be begun twice, whatever happens: it is removed from its queue before it is begun.
     ///
     /// The price: an electron whose node is lost while it runs ends with it, and nobody is told. What the policy
-    /// allows after a failure still holds: then it is known that the attempt has ended.
+    /// allows after a failure still holds: then it is known that the attempt has ended. A sender that does not know
+    /// whether its send arrived sends again, under the same id: two messages, of which a node that has both begins
+    /// one, but two nodes may begin one each.
     pub fn at_most_once(mut self) -> Self {
         self.at_most_once = true;
         self

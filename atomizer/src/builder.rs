@@ -148,9 +148,9 @@ impl Builder {
         self
     }
 
-    /// Limits how many runs may go on that were told to stop at their time limit and do not; at least 1. Then
-    /// the node drains, and [`run`](Atomizer::run) returns an error. The default is the number of cores: so
-    /// many can hold every thread that atoms have.
+    /// Limits how many runs may hold their thread 5 s after their time limit; at least 1. Then the node drains,
+    /// and [`run`](Atomizer::run) returns an error. The default is the number of cores: so many can hold every
+    /// thread that atoms have. [Blocking](Options::blocking) atoms, which have threads of their own, do not count.
     pub fn stuck_max(mut self, runs: usize) -> Self {
         self.rules.stuck_max = runs.max(1);
         self
@@ -209,7 +209,7 @@ impl Builder {
             watch(events.subscribe());
         }
         let Self { rules, residents, connect_timeout, drain_timeout, .. } = self;
-        let blocking_max = self.concurrency.min(Options::CONCURRENCY_MAX) + rules.stuck_max;
+        let blocking_max = self.concurrency.min(Options::CONCURRENCY_MAX).saturating_mul(2);
         let (started_tx, started) = oneshot::channel();
         let serve = move |threads: Threads| async move {
             let (stage_tx, stage) = watch::channel(Stage::Running);
@@ -224,8 +224,12 @@ impl Builder {
                 drop(started_tx.send(Err(error)));
                 return;
             }
-            let (atomizer, supervisor) =
-                Supervisor::start(node, stage_tx, links, &atoms, residents, drain_timeout).await;
+            let (atomizer, mut supervisor, tried) =
+                Supervisor::new(node, stage_tx, links, &atoms, drain_timeout);
+            tokio::select! {
+                () = tried => supervisor.start(residents),
+                () = started_tx.closed() => {}
+            }
             // When the start was given up, its handle is dropped here, and that ends the node.
             drop(started_tx.send(Ok(atomizer)));
             supervisor.run().await;

@@ -232,7 +232,8 @@ pub enum EventKind {
         /// What is wrong with it.
         reason: String,
     },
-    /// An electron was not settled here, so it is delivered again, here or elsewhere.
+    /// An electron was not settled here, so it is delivered again, here or elsewhere. (One that is to run at most
+    /// once may have left its queue, and then it is not.)
     NotSettled {
         /// The electron.
         electron: ElectronId,

@@ -42,7 +42,7 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
             node.answer(link.id(), answer);
             batch.push((ticket, Outcome::done(Vec::new())));
         }
-        if let Some(session) = intake.session() {
+        if let Some(session) = link.session() {
             // What is settled is done with; the rest comes again, and finds that nobody waits for it.
             let mut settled = link.settle(&session, batch).await;
             settled.retain(|result| matches!(result, Err(SettleError::NotSafe { .. })));

@@ -65,14 +65,6 @@ impl Intake {
         }
     }
 
-    /// Returns the session that its deliveries are settled with.
-    pub(crate) fn session(&self) -> Option<SharedSession> {
-        match &self.state {
-            State::Open(session, _) => Some(Arc::clone(session)),
-            State::NoSession | State::Subscribing(..) | State::Pausing(_) => None,
-        }
-    }
-
     /// Waits for at most `max` deliveries, over as many sessions as that takes.
     ///
     /// Cancel safe.
@@ -109,13 +101,14 @@ impl Intake {
                     };
                     let taken = tokio::select! {
                         biased;
-                        taken = next => taken.unwrap_or_else(|fault| {
-                            Err(SessionError::lost(self.link.caught(&fault)))
-                        }),
-                        // A subscription may miss that its session has ended, or is not trusted any more.
+                        // First: a subscription may miss that its session has ended, or is not trusted any more,
+                        // and deliver what cannot be settled.
                         _ = self.sessions.wait_for(replaced) => {
                             Err(SessionError::lost("the session has ended"))
                         }
+                        taken = next => taken.unwrap_or_else(|fault| {
+                            Err(SessionError::lost(self.link.caught(&fault)))
+                        }),
                     };
                     match taken {
                         // Not taken for an answer: asked again at once it would be a hot loop.

@@ -37,6 +37,10 @@ use crate::{ElectronId, FailureKind, Policy, error::Directive, policy::Next};
 /// The longest wait that is spent in the node, if the conductor can keep an electron back.
 pub(crate) const HOLD_MAX: Duration = Duration::from_secs(10);
 
+/// The longest wait that is spent in the node, if the conductor cannot keep an electron back: a broker may lose its
+/// patience with what is held for longer (RabbitMQ: 30 minutes).
+pub(crate) const HOLD_LONGEST: Duration = Duration::from_secs(10 * 60);
+
 /// How often an electron is handed on untried before it is run, or fails, wherever it is.
 pub(crate) const PASSES_MAX: u32 = 1000;
 
@@ -174,6 +178,7 @@ impl State {
                 _ => end,
             };
         }
+        let wait = if wait > attempt.delay_max { wait.min(HOLD_LONGEST) } else { wait };
         match policy.after(failures) {
             Next::Fail => end,
             Next::Requeue => Self::Leaving(Leave::HandedOn(wait)),

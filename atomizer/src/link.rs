@@ -6,7 +6,7 @@
 use std::{
     fmt,
     panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::{Duration, SystemTime},
 };
 
@@ -49,9 +49,9 @@ pub(crate) struct Link {
 /// What a conductor was caught at.
 #[derive(Default)]
 struct Faults {
-    /// Why the open session is not trusted any more.
-    distrusted: Mutex<Option<String>>,
-    /// Rung when a session is distrusted.
+    /// Which session is not trusted any more, and why.
+    distrusted: Mutex<Option<(Weak<dyn Session>, String)>>,
+    /// Rung when a session is distrusted, or the conductor panicked too often.
     caught: Notify,
     panics: Mutex<Vec<Instant>>,
     gone: watch::Sender<bool>,
@@ -124,6 +124,11 @@ impl Link {
 
     pub(crate) fn sessions(&self) -> watch::Receiver<Option<SharedSession>> {
         self.session.subscribe()
+    }
+
+    /// Returns the session that is open now.
+    pub(crate) fn session(&self) -> Option<SharedSession> {
+        self.session.borrow().clone()
     }
 
     pub(crate) fn reply_to(&self) -> &ReplyTo {
@@ -236,10 +241,21 @@ impl Link {
         };
         tokio::select! {
             error = ended => error,
-            () = self.faults.caught.notified() => {
-                let mut distrusted =
-                    self.faults.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
-                distrusted.take().unwrap_or_else(|| "not trusted any more".to_owned())
+            error = self.distrusted(session) => error,
+        }
+    }
+
+    /// Waits until a session is not trusted any more, or the conductor is given up.
+    async fn distrusted(&self, session: &SharedSession) -> String {
+        loop {
+            self.faults.caught.notified().await;
+            let distrusted =
+                self.faults.distrusted.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match distrusted {
+                Some((which, why)) if which.ptr_eq(&Arc::downgrade(session)) => return why,
+                _ if self.is_gone() => return "it panicked too often".to_owned(),
+                // Of an earlier session, which is gone already.
+                _ => {}
             }
         }
     }
@@ -274,6 +290,7 @@ impl Link {
             panics.push(now);
             if panics.len() >= PANICS_MAX {
                 self.faults.gone.send_replace(true);
+                self.faults.caught.notify_one();
             }
         }
         fault.to_string()
@@ -290,7 +307,7 @@ impl Link {
         if self.session.borrow().as_ref().is_some_and(|open| Arc::ptr_eq(open, session)) {
             let mut distrusted =
                 self.faults.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
-            *distrusted = Some(reason.clone());
+            *distrusted = Some((Arc::downgrade(session), reason.clone()));
             drop(distrusted);
             self.faults.caught.notify_one();
         }
@@ -377,6 +394,7 @@ impl Link {
         let mut sessions = self.session.subscribe();
         let mut gone = self.faults.gone.subscribe();
         tokio::select! {
+            biased;
             session = sessions.wait_for(Option::is_some) => {
                 session.expect("its sender is in self").clone()
             }

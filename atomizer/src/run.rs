@@ -84,6 +84,9 @@ impl Report {
 impl Drop for Report {
     fn drop(&mut self) {
         let Self { electron, run, ref mut result, .. } = *self;
+        if result.is_none() && std::thread::panicking() {
+            *result = Some(Err(Failed::new(FailureKind::Panic, "a panic while it was dropped")));
+        }
         // An error says that the worker is gone, and with it the ticket.
         drop(self.to.send(Reported { electron, run, result: result.take() }));
     }
@@ -120,9 +123,11 @@ impl<A: RawAtom> Start for Instances<A> {
         let task = if blocking {
             let (alive, dropped) = oneshot::channel();
             threads.spawn_blocking(async move {
+                // The end first: one that was given up while it waited for a thread is not begun.
                 tokio::select! {
-                    () = running => {}
+                    biased;
                     _ = dropped => {}
+                    () = running => {}
                 }
             });
             Task::Blocking { _alive: alive }

@@ -180,6 +180,8 @@ impl fmt::Debug for Atomizer {
 /// Owns all tasks of a node.
 pub(crate) struct Supervisor {
     node: Arc<Node>,
+    /// Through which residents ask.
+    first: Arc<Link>,
     stage: watch::Sender<Stage>,
     workers: JoinSet<()>,
     residents: JoinSet<()>,
@@ -191,21 +193,21 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts the tasks of a node whose links are open. There is at least one. Returns when each subscription
-    /// was made, or refused for the first time.
-    pub(crate) async fn start(
+    /// Starts the tasks of a node whose links are open. There is at least one. The future resolves when each
+    /// subscription was made, or refused for the first time.
+    pub(crate) fn new(
         node: Node,
         stage: watch::Sender<Stage>,
         links: Vec<Arc<Link>>,
         atoms: &[Registered],
-        residents: Vec<resident::Registered>,
         drain_timeout: Duration,
-    ) -> (Atomizer, Self) {
+    ) -> (Atomizer, Self, impl Future<Output = ()> + Send + use<>) {
         let node = Arc::new(node);
         let (drain, drain_wanted) = watch::channel(None);
         let (ended_tx, ended) = watch::channel(None);
         let mut supervisor = Self {
             node: Arc::clone(&node),
+            first: Arc::clone(&links[0]),
             stage,
             workers: JoinSet::new(),
             residents: JoinSet::new(),
@@ -219,13 +221,17 @@ impl Supervisor {
         for link in &links {
             supervisor.add(link, atoms, &mut tried);
         }
+        let atomizer = Atomizer { node, links: links.into(), drain_timeout, drain, ended };
         // Each is told by being dropped.
-        drop(join_all(tried).await);
-        let asker = Asker { node: Arc::clone(&node), link: Arc::clone(&links[0]) };
+        (atomizer, supervisor, async { drop(join_all(tried).await) })
+    }
+
+    /// Starts what asks of its own accord.
+    pub(crate) fn start(&mut self, residents: Vec<resident::Registered>) {
         for resident in residents {
-            supervisor.residents.spawn(resident::run(asker.clone(), resident));
+            let asker = Asker { node: Arc::clone(&self.node), link: Arc::clone(&self.first) };
+            self.residents.spawn(resident::run(asker, resident));
         }
-        (Atomizer { node, links: links.into(), drain_timeout, drain, ended }, supervisor)
     }
 
     fn add(
@@ -483,8 +489,8 @@ mod tests {
         let link =
             Arc::new(Link::new(ConductorId::from_static("memory"), Arc::new(Memory::new()), None));
         link.open_first(&node, None).await.unwrap();
-        let start = Supervisor::start(node, stage_tx, vec![link], &[], Vec::new(), Duration::ZERO);
-        let (atomizer, mut supervisor) = start.await;
+        let (atomizer, mut supervisor, _) =
+            Supervisor::new(node, stage_tx, vec![link], &[], Duration::ZERO);
         supervisor.workers.spawn(async { panic!("a defect") });
         let (report, ()) = tokio::join!(atomizer.run(), supervisor.run());
         let Err(NodeError::Supervisor(reason)) = report else { panic!("it fails: {report:?}") };

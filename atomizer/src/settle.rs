@@ -9,7 +9,6 @@ use crate::{
     Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
     Payload, Properties, ReplyTo, SendError, SettleError, Ticket, Unreadable,
     ask::Asker,
-    link::SharedSession,
     wire::{Wire, header},
 };
 
@@ -293,6 +292,13 @@ impl Settler {
                     ending.unclaimed = true;
                     emit.extend(self.dead_instead(&mut ending));
                 }
+                // It cannot go back, ever: this is its end.
+                (
+                    Address::Atom(_),
+                    error @ (SendError::TooLarge { .. } | SendError::Refused(_)),
+                ) => {
+                    return self.cannot_go_back(ticket, ending, &error);
+                }
                 // Where dead letters or a copy cannot be put now, they can be later: it is never dropped.
                 (_, error) => {
                     tracing::warn!(to = %envelope.to, %error, "failed to make a message safe; trying again");
@@ -303,6 +309,23 @@ impl Settler {
         }
         ending.tries += 1;
         Verdict::Again { settlement: Settlement { ticket, emit, ending }, after }
+    }
+
+    /// Ends an electron that cannot be put back: with the failure of its attempt, or with why it was handed on.
+    fn cannot_go_back(&self, ticket: Option<Ticket>, ending: Ending, error: &SendError) -> Verdict {
+        let Subject::Electron { electron, spent, how } = ending.subject else {
+            unreachable!("what cannot be read does not go back")
+        };
+        let mut failure = match how {
+            How::Requeued { failure, .. } => failure,
+            How::HandedOn { reason } => Failure::new(FailureKind::GivenBack, reason),
+            How::Done | How::Failed { .. } => unreachable!("these do not go back"),
+        };
+        tracing::warn!(electron = %electron.id, %error, "cannot be put back");
+        failure.node = Some(self.asker.node.id.clone());
+        failure.attempt = electron.attempts.saturating_add(1);
+        let settlement = self.failed(ticket, electron, spent, failure, true);
+        Verdict::Again { settlement, after: Duration::ZERO }
     }
 
     /// The dead letter of a failure that its asker cannot be told of. Who set a deadline and went does not want
@@ -360,13 +383,10 @@ pub(crate) enum Why {
     Untried(String),
 }
 
-/// Settles a batch through a session. Without one the tickets are released: the session they came from is
-/// gone, so the electrons come again. What was taken for good is answered through whichever session is open.
-pub(crate) async fn settle(
-    asker: Asker,
-    session: Option<SharedSession>,
-    batch: Vec<Settlement>,
-) -> Settled {
+/// Settles a batch through the session that is open now. Tickets of an earlier one are stale there, and without
+/// one they are released: the electrons come again. What was taken for good is answered through whichever session
+/// is open.
+pub(crate) async fn settle(asker: Asker, batch: Vec<Settlement>) -> Settled {
     let mut settled = Vec::new();
     let mut endings = Vec::with_capacity(batch.len());
     let mut outcomes = Vec::with_capacity(batch.len());
@@ -386,7 +406,7 @@ pub(crate) async fn settle(
     if endings.is_empty() {
         return settled;
     }
-    let results = match session {
+    let results = match asker.link.session() {
         Some(session) => asker.link.settle(&session, outcomes).await,
         None => outcomes.iter().map(|_| Err(SettleError::Stale)).collect(),
     };

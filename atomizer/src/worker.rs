@@ -21,15 +21,16 @@ use std::{
 };
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, Sleep, sleep_until},
+    time::{Instant, Sleep, sleep_until, timeout},
 };
 
 use self::held::{Began, Begun, Held, Overdue, Running};
 use crate::{
-    AtomId, Electron, ElectronId, EventKind, Failure, Kind, Options, Policy, SettleError, Source,
+    AtomId, Electron, ElectronId, EventKind, Failure, FailureKind, Kind, Options, Policy,
+    SettleError, Source,
     admission::{Lane, Permit},
     ask::Asker,
     intake::{Intake, Taken},
@@ -70,6 +71,12 @@ pub(crate) struct Worker {
     queued: Option<oneshot::Receiver<Permit>>,
     /// Delivered before, and not begun.
     suspects: VecDeque<Held>,
+    /// Failed here last, while it is found out who else serves the atom.
+    avoiding: Vec<Held>,
+    /// How often in a row that could not be told.
+    census_errors: u32,
+    /// On their way to be this node's for good.
+    taking: FxHashSet<ElectronId>,
     /// The way of the first suspect to its turn.
     turn: Option<BoxFuture<'static, Step>>,
     /// Begun here: it runs, or waits for its next attempt. Each once, however often it is delivered.
@@ -91,9 +98,14 @@ pub(crate) struct Worker {
 
 /// How many runs are settled together at the most.
 const BATCH_MAX: usize = 256;
-/// How often a worker looks after what runs. A run that holds its thread for so long is told of, and one that
-/// goes on for so long after it was given up counts as stuck.
+/// How often a worker looks after what runs. A run that holds its thread for so long is told of, and so is one that
+/// goes on for so long after it was given up.
 const TICK: Duration = Duration::from_secs(1);
+/// A run that goes on for so long after it was given up counts towards [`Rules::stuck_max`](crate::node::Rules).
+const STUCK_AFTER: Duration = Duration::from_secs(5);
+/// How long the last settlements may take when a node aborts.
+const ABORT_GRACE: Duration = Duration::from_secs(2);
+const NODE_STOPS: &str = "its node stops";
 /// A suspect that has run for so long lets the next one begin: what kills its node does so soon.
 const ALONE_MAX: Duration = Duration::from_secs(5);
 
@@ -105,9 +117,9 @@ enum Step {
     Finished(usize),
     Settled(Settled),
     /// A suspect's turn has come, and that is written; or its ticket is no good any more.
-    Written(Option<Held>),
-    /// Whether another node serves the atom.
-    Served(Held, bool),
+    Written(Option<(Held, Permit)>),
+    /// Whether another node serves the atom, if that can be told.
+    Served(Option<bool>),
     /// An electron is this run's for good; or it is not known to be.
     TakenForGood {
         held: Held,
@@ -134,6 +146,9 @@ impl Worker {
             ready: VecDeque::new(),
             queued: None,
             suspects: VecDeque::new(),
+            avoiding: Vec::new(),
+            census_errors: 0,
+            taking: FxHashSet::default(),
             turn: None,
             begun: FxHashMap::default(),
             overdue: FxHashMap::default(),
@@ -166,8 +181,8 @@ impl Worker {
                 Step::Admitted(permit) => self.on_admitted(permit),
                 Step::Finished(count) => self.on_finished(count),
                 Step::Settled(settled) => self.on_settled(settled),
-                Step::Written(held) => self.on_written(held),
-                Step::Served(held, elsewhere) => self.on_served(held, elsewhere),
+                Step::Written(begins) => self.on_written(begins),
+                Step::Served(elsewhere) => self.on_served(elsewhere),
                 Step::TakenForGood { held, permit, taken } => {
                     self.on_taken_for_good(held, permit, taken);
                 }
@@ -176,13 +191,13 @@ impl Worker {
                     next_stage = Stage::Aborting;
                     self.on_drain().await;
                 }
-                Step::Reached(_) => return self.abort(),
+                Step::Reached(_) => return self.abort().await,
             }
         }
     }
 
     async fn step(&mut self, reached: impl Future<Output = Stage>) -> Step {
-        let waiting = self.ready.len() + self.suspects.len();
+        let waiting = self.ready.len() + self.suspects.len() + self.avoiding.len();
         let room = self.atom.window().get().saturating_sub(waiting);
         let max = NonZeroUsize::new(room).filter(|_| !self.draining);
         let alarmed = self.set_alarm();
@@ -230,6 +245,7 @@ impl Worker {
             |held: &Held| held.ticket.is_none() || held.state.next(Fact::Lost) != Some(State::Gone);
         self.ready.retain(stays);
         self.suspects.clear();
+        self.avoiding.clear();
         self.turn = None;
         self.begun.retain(|_, begun| {
             let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
@@ -242,6 +258,7 @@ impl Worker {
         self.draining = true;
         self.queued = None;
         self.suspects.clear();
+        self.avoiding.clear();
         self.turn = None;
         let (taken, ready): (Vec<_>, Vec<_>) =
             self.ready.drain(..).partition(|held| held.ticket.is_none());
@@ -258,17 +275,40 @@ impl Worker {
             }
         }
         for held in taken {
-            self.hand_on(held, Began::now(), Duration::ZERO, "its node stops".to_owned());
+            self.hand_on(held, Began::now(), Duration::ZERO, NODE_STOPS.to_owned());
         }
         self.intake.stop().await;
     }
 
-    /// What still runs is given back by being dropped.
-    fn abort(self) {
+    /// What still runs is given back by being dropped; but what was taken for good has to be answered.
+    async fn abort(mut self) {
         let electrons = self.begun.len();
         if electrons > 0 {
             tracing::warn!(atom = %self.atom.id, electrons, "aborts what did not stop, and gives it back");
         }
+        let mut batch = Vec::new();
+        for (_, begun) in std::mem::take(&mut self.begun) {
+            let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
+            if held.ticket.is_none() {
+                let failure = Failure::new(FailureKind::Error, "its node stopped before it ended");
+                let failure = self.stamp(failure, &held.electron);
+                batch.extend(self.fail(held, Began::now(), &failure, true));
+            }
+        }
+        self.settle(batch);
+        let rest = async {
+            while let Some(step) = self.asked.next().await {
+                match step {
+                    Step::Settled(settled) => self.on_settled(settled),
+                    Step::TakenForGood { held, taken: Ok(()), .. } => {
+                        self.hand_on(held, Began::now(), Duration::ZERO, NODE_STOPS.to_owned());
+                    }
+                    _ => {}
+                }
+            }
+        };
+        // An error says that a conductor does not answer: the rest ends with the session.
+        drop(timeout(ABORT_GRACE, rest).await);
     }
 
     fn emit(&self, kind: impl FnOnce(AtomId) -> EventKind) {

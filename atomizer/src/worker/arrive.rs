@@ -9,10 +9,10 @@ use super::{
     held::{Began, Begun, Held, Running},
 };
 use crate::{
-    Delivery, Electron, EventKind, Failure, FailureKind, Message,
+    Delivery, Electron, EventKind, Failure, FailureKind, Message, SendError, SettleError,
+    admission::{Permit, Priority},
     ask::Asker,
     life::{Arrival, Fact, Leave, State},
-    link::SharedSession,
     settle::Settlement,
 };
 
@@ -30,6 +30,10 @@ impl Worker {
             };
             let (id, attempt) = (electron.id, electron.attempts.saturating_add(1));
             self.emit(|atom| EventKind::Received { electron: id, atom, attempt, redeliveries });
+            if self.is_duplicate_of_once(id) {
+                self.drop_duplicate(ticket);
+                continue;
+            }
             if let Some(begun) = self.begun.get_mut(&id).filter(|_| electron.atom == self.atom.id) {
                 let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
                 held.adopt(electron, ticket);
@@ -109,63 +113,65 @@ impl Worker {
         })
     }
 
-    /// Finds out whether another node serves the atom. Not to know is to suppose so, and to ask again later.
-    pub(super) fn ask_who_serves(&self, held: Held) {
-        let (session, link) = (self.intake.session(), Arc::clone(&self.asker.link));
-        let atom = self.atom.id.clone();
-        let asking = async move {
-            let elsewhere = match session {
-                Some(session) => match link.ask(&session, session.census(&atom)).await {
-                    Ok(Ok(census)) => census.subscribers > 1,
-                    Ok(Err(_)) | Err(_) => true,
-                },
-                None => true,
-            };
-            Step::Served(held, elsewhere)
-        };
-        self.asked.push(Box::pin(asking));
+    /// Finds out whether another node serves the atom, for all that waits to know.
+    fn ask_who_serves(&mut self, held: Held) {
+        self.avoiding.push(held);
+        if self.avoiding.len() > 1 {
+            return;
+        }
+        let (link, atom) = (Arc::clone(&self.asker.link), self.atom.id.clone());
+        self.asked.push(Box::pin(async move {
+            let Some(session) = link.session() else { return Step::Served(None) };
+            let census = link.ask(&session, session.census(&atom)).await;
+            let served = census.and_then(|census| census).ok();
+            Step::Served(served.map(|census| census.subscribers > 1))
+        }));
     }
 
-    pub(super) fn on_served(&mut self, mut held: Held, elsewhere: bool) {
-        let passes = held.electron.passes;
-        match held.on(Fact::Served { elsewhere, passes }) {
-            State::Leaving(Leave::HandedOn(wait)) => {
-                let reason = "it failed here last, and another node serves its atom".to_owned();
-                self.hand_on(held, Began::now(), wait, reason);
-            }
-            // Released by being dropped.
-            _ if self.draining => {}
-            State::Suspect => {
-                self.suspects.push_back(held);
-                self.next_suspect();
-            }
-            _ => {
-                self.ready.push_back(held);
-                self.start_ready();
+    pub(super) fn on_served(&mut self, elsewhere: Option<bool>) {
+        // Not to know is to suppose so, and to ask again later; but not for ever.
+        const CENSUS_ERRORS_MAX: u32 = 5;
+        self.census_errors = if elsewhere.is_some() { 0 } else { self.census_errors + 1 };
+        let elsewhere = elsewhere.unwrap_or(self.census_errors < CENSUS_ERRORS_MAX);
+        for mut held in std::mem::take(&mut self.avoiding) {
+            let passes = held.electron.passes;
+            match held.on(Fact::Served { elsewhere, passes }) {
+                State::Leaving(Leave::HandedOn(wait)) => {
+                    let reason = "it failed here last, and another node serves its atom".to_owned();
+                    self.hand_on(held, Began::now(), wait, reason);
+                }
+                State::Suspect => self.suspects.push_back(held),
+                _ => self.ready.push_back(held),
             }
         }
+        self.next_suspect();
+        self.start_ready();
     }
 
     /// Sends the first suspect on its way to its turn, if none is.
-    pub(super) fn next_suspect(&mut self) {
+    fn next_suspect(&mut self) {
         if self.turn.is_some() || self.draining {
             return;
         }
         let Some(held) = self.suspects.pop_front() else { return };
-        let (asker, session) = (self.asker.clone(), self.intake.session());
-        self.turn =
-            Some(Box::pin(async move { Step::Written(write_life(asker, session, held).await) }));
+        let asker = self.asker.clone();
+        let permit = asker.node.admission.acquire(self.atom.lane, Priority::Start);
+        self.turn = Some(Box::pin(async move {
+            // The permit first: who has the turn must not wait for what others of this node hold.
+            let Ok(permit) = permit.await else { return Step::Written(None) };
+            Step::Written(write_life(asker, held).await.map(|held| (held, permit)))
+        }));
     }
 
-    pub(super) fn on_written(&mut self, held: Option<Held>) {
+    pub(super) fn on_written(&mut self, begins: Option<(Held, Permit)>) {
         self.turn = None;
-        if let Some(mut held) = held {
+        if let Some((mut held, permit)) = begins {
             held.on(Fact::Written);
             let electron = &held.electron;
-            let (id, attempt, lives) = (electron.id, electron.attempts + 1, electron.lives);
+            let (id, lives) = (electron.id, electron.lives);
+            let attempt = electron.attempts.saturating_add(1);
             self.emit(|atom| EventKind::Suspected { electron: id, atom, attempt, lives });
-            self.ready.push_front(held);
-            self.start_ready();
+            self.start(held, permit, Began::now());
         }
         self.next_suspect();
     }
@@ -173,24 +179,40 @@ impl Worker {
 
 /// Waits for a suspect's turn, and writes into the electron that it is begun under suspicion once more: the
 /// number must be there before the electron can take this node down.
-async fn write_life(asker: Asker, session: Option<SharedSession>, mut held: Held) -> Option<Held> {
+async fn write_life(asker: Asker, mut held: Held) -> Option<Held> {
     let turn = Arc::clone(&asker.node.suspects).acquire_owned().await.ok()?;
-    let session = session?;
+    let session = asker.link.session()?;
     let mut electron = Electron::clone(&held.electron);
     electron.lives = electron.lives.saturating_add(1);
     electron.deadline = held.left(Instant::now());
     let electron = Arc::new(electron);
     let ticket = held.ticket.take()?;
     let parking = session.park(ticket, Arc::clone(&electron));
-    match asker.link.ask(&session, parking).await {
-        Ok(Ok(ticket)) => Some(Held { electron, ticket: Some(ticket), alone: Some(turn), ..held }),
-        Ok(Err(error)) => {
-            tracing::warn!(electron = %electron.id, %error, "failed to write into a suspect; it comes again");
+    let error = match asker.link.ask(&session, parking).await {
+        Ok(Ok(ticket)) => {
+            return Some(Held { electron, ticket: Some(ticket), alone: Some(turn), ..held });
+        }
+        Ok(Err(error)) => error,
+        Err(_) => return None,
+    };
+    tracing::warn!(electron = %electron.id, %error, "failed to write into a suspect");
+    match error {
+        // It never can be written: begun alone and uncounted is better than never.
+        SettleError::NotSafe { ticket, failed }
+            if failed.iter().any(|(_, error)| is_final(error)) =>
+        {
+            Some(Held { ticket: Some(ticket), alone: Some(turn), ..held })
+        }
+        error => {
+            drop(turn);
             // With the error its ticket is given back. Without a pause that would be a hot loop.
             sleep(TICK).await;
             drop(error);
             None
         }
-        Err(_) => None,
     }
+}
+
+fn is_final(error: &SendError) -> bool {
+    matches!(error, SendError::TooLarge { .. } | SendError::Refused(_))
 }

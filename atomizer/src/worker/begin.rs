@@ -1,15 +1,15 @@
 //! How an electron begins to run.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
 use super::{
-    Step, TICK, Worker,
+    NODE_STOPS, Step, TICK, Worker,
     held::{Began, Begun, Held, Running},
 };
 use crate::{
-    Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
+    Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError, Ticket,
     admission::{Permit, Priority, Slot},
     life::{Fact, Leave, State},
     run::{Report, RunId},
@@ -43,6 +43,12 @@ impl Worker {
 
     pub(super) fn start(&mut self, mut held: Held, permit: Permit, began: Began) {
         let id = held.electron.id;
+        if self.is_duplicate_of_once(id) {
+            if let Some(ticket) = held.ticket {
+                self.drop_duplicate(ticket);
+            }
+            return;
+        }
         if let Some(begun) = self.begun.get_mut(&id) {
             let (Begun::Running(Running { held: first, .. }) | Begun::Pausing { held: first, .. }) =
                 begun;
@@ -68,11 +74,12 @@ impl Worker {
     }
 
     /// Removes an electron from its queue before it is begun, so that it can never be begun again.
-    pub(super) fn take_for_good(&self, mut held: Held, permit: Permit) {
-        let (session, link) = (self.intake.session(), Arc::clone(&self.asker.link));
+    pub(super) fn take_for_good(&mut self, mut held: Held, permit: Permit) {
+        let link = Arc::clone(&self.asker.link);
+        self.taking.insert(held.electron.id);
         let ticket = held.ticket.take().expect("it was looked at");
         self.asked.push(Box::pin(async move {
-            let taken = match session {
+            let taken = match link.session() {
                 Some(session) => {
                     let batch = vec![(ticket, Outcome::take())];
                     link.settle(&session, batch).await.pop().unwrap_or(Ok(()))
@@ -89,12 +96,33 @@ impl Worker {
         permit: Permit,
         taken: Result<(), SettleError>,
     ) {
+        self.taking.remove(&held.electron.id);
         match taken {
+            Ok(()) if self.draining => {
+                self.hand_on(held, Began::now(), Duration::ZERO, NODE_STOPS.to_owned());
+            }
             Ok(()) => self.begin(held, permit, Began::now()),
             // It may have been removed or not. It must not be begun here: it may be begun elsewhere.
             Err(error) => self.let_go(&held, error.to_string()),
         }
         self.start_ready();
+    }
+
+    /// Whether it is here already, and is to be begun once at the most.
+    pub(super) fn is_duplicate_of_once(&self, electron: ElectronId) -> bool {
+        self.atom.options.is_at_most_once()
+            && (self.begun.contains_key(&electron) || self.taking.contains(&electron))
+    }
+
+    /// Removes a second message of the same electron: the answer to the first is the answer.
+    pub(super) fn drop_duplicate(&self, ticket: Ticket) {
+        let link = Arc::clone(&self.asker.link);
+        self.asked.push(Box::pin(async move {
+            if let Some(session) = link.session() {
+                drop(link.settle(&session, vec![(ticket, Outcome::done(Vec::new()))]).await);
+            }
+            Step::Settled(Vec::new())
+        }));
     }
 
     pub(super) fn let_go(&self, held: &Held, reason: String) {

@@ -83,6 +83,8 @@ pub(super) struct Overdue {
     pub(super) attempt: u32,
     pub(super) since: Instant,
     pub(super) told: bool,
+    /// It counts towards what the node bears.
+    pub(super) counted: bool,
     pub(super) run: Run,
 }
 

@@ -10,7 +10,7 @@ use super::{
     held::{Began, Begun, Held, Running},
 };
 use crate::{
-    Electron, ElectronId, EventKind, Failure,
+    Electron, ElectronId, EventKind, Failure, FailureKind, NodeError,
     error::{Directive, Failed},
     life::{Attempt, Fact, Leave, State},
     node::Stage,
@@ -51,7 +51,7 @@ impl Worker {
 
     /// A run that was given up has ended after all.
     pub(super) fn ended_late(&mut self, run: RunId) {
-        if self.overdue.remove(&run).is_some_and(|overdue| overdue.told) {
+        if self.overdue.remove(&run).is_some_and(|overdue| overdue.counted) {
             self.asker.node.uncount_stuck();
         }
     }
@@ -72,8 +72,12 @@ impl Worker {
                 }
             }
             Some(Err(failed)) => self.after_failure(held, began, failed, batch),
-            None => self
-                .let_go(&held, "its run was dropped: the runtime of the atoms has stopped".into()),
+            None => {
+                // Whatever is begun now is dropped at once. To take more would make killers of it.
+                let reason = "the runtime that atoms run on has stopped";
+                self.let_go(&held, reason.to_owned());
+                self.asker.node.critical.raise(NodeError::Supervisor(reason.into()));
+            }
         }
     }
 
@@ -107,6 +111,10 @@ impl Worker {
             State::Leaving(Leave::HandedOn(wait)) if then == Directive::GiveBack => {
                 let mut electron = Electron::clone(&held.electron);
                 let reason = failure.to_string();
+                // One in a row is enough to know, and leaves room for what failed.
+                if electron.history.last().is_some_and(|last| last.kind == FailureKind::GivenBack) {
+                    electron.history.pop();
+                }
                 electron.remember(failure);
                 held.electron = Arc::new(electron);
                 self.hand_on(held, began, wait, reason);
@@ -193,13 +201,13 @@ impl Worker {
 
     /// Settles after a wait, which a node that drains does not wait out.
     pub(super) fn settle_after(&self, wait: Duration, batch: Vec<Settlement>) {
-        let (asker, session) = (self.asker.clone(), self.intake.session());
+        let asker = self.asker.clone();
         self.asked.push(Box::pin(async move {
             tokio::select! {
                 () = sleep(wait) => {}
                 () = asker.node.reached(Stage::Draining) => {}
             }
-            Step::Settled(settle(asker, session, batch).await)
+            Step::Settled(settle(asker, batch).await)
         }));
     }
 
@@ -211,10 +219,10 @@ impl Worker {
                     self.emit(|atom| ending.into_event(atom));
                 }
                 Verdict::Again { settlement, after } => {
-                    let (asker, session) = (self.asker.clone(), self.intake.session());
+                    let asker = self.asker.clone();
                     self.asked.push(Box::pin(async move {
                         sleep(after).await;
-                        Step::Settled(settle(asker, session, vec![settlement]).await)
+                        Step::Settled(settle(asker, vec![settlement]).await)
                     }));
                 }
             }
@@ -225,7 +233,7 @@ impl Worker {
         if batch.is_empty() {
             return;
         }
-        let mut settling = Box::pin(settle(self.asker.clone(), self.intake.session(), batch));
+        let mut settling = Box::pin(settle(self.asker.clone(), batch));
         // A conductor that need not wait is done by now.
         match (&mut settling).now_or_never() {
             Some(settled) => self.on_settled(settled),

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::{
-    ALONE_MAX, TICK, Worker,
+    ALONE_MAX, STUCK_AFTER, TICK, Worker,
     held::{Begun, Overdue, Running},
 };
 use crate::{ElectronId, EventKind, FailureKind, Kind, error::Failed, life::Fact};
@@ -57,7 +57,10 @@ impl Worker {
         let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
         run.abort();
         let id = run.id;
-        self.overdue.insert(id, Overdue { electron, attempt, since: now, told: false, run });
+        self.overdue.insert(
+            id,
+            Overdue { electron, attempt, since: now, told: false, counted: false, run },
+        );
         let mut batch = Vec::new();
         self.after_failure(held, began, Failed::new(kind, message), &mut batch);
         self.settle(batch);
@@ -94,15 +97,22 @@ impl Worker {
         for overdue in self.overdue.values_mut() {
             let overdue_for = now.saturating_duration_since(overdue.since);
             // What waits for a thread, to be dropped on it, is not what holds one.
-            if !overdue.told && overdue_for >= TICK && overdue.run.slot.is_polled() {
+            if !overdue.run.slot.is_polled() {
+                continue;
+            }
+            if !overdue.told && overdue_for >= TICK {
                 overdue.told = true;
                 stuck.push((overdue.electron, overdue.attempt, overdue_for));
+            }
+            // Blocking atoms have threads of their own: they hold up nobody.
+            if !overdue.counted && overdue_for >= STUCK_AFTER && !self.atom.options.is_blocking() {
+                overdue.counted = true;
+                self.asker.node.count_stuck(&format!("{} {}", self.atom.id, overdue.electron));
             }
         }
         for (electron, attempt, overdue) in stuck {
             tracing::warn!(atom = %self.atom.id, %electron, "does not stop after its time limit");
             self.emit(|atom| EventKind::Stuck { electron, atom, attempt, overdue });
-            self.asker.node.count_stuck(&format!("{} {electron}", self.atom.id));
         }
     }
 }

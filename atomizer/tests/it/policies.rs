@@ -298,7 +298,8 @@ async fn what_is_given_back_for_ever_ends_and_is_no_hot_loop() {
     assert_eq!((failure.kind, failure.attempt), (FailureKind::GivenBack, 1));
     assert_eq!(unable.seen().len(), 1001);
     assert!(began.elapsed() > Duration::from_secs(990), "{:?}", began.elapsed());
-    assert_eq!(dead_letter(&memory).history.len(), 16);
+    // One of a thousand in a row is enough to know, and the one that ended it.
+    assert_eq!(dead_letter(&memory).history.len(), 2);
 }
 
 #[tokio::test(start_paused = true)]

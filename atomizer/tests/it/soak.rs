@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -146,7 +146,10 @@ impl Atom for Parent {
 }
 
 /// Sends what nobody waits for.
-struct Sender(Arc<AtomicU64>);
+struct Sender {
+    sent: Arc<AtomicU64>,
+    enough: Arc<AtomicBool>,
+}
 
 impl Resident for Sender {
     const ID: &'static str = "soak.sender";
@@ -160,7 +163,10 @@ impl Resident for Sender {
             }
             lot = lot.next();
             cx.spawn_now::<Leaf>(lot).await?;
-            self.0.fetch_add(1, Ordering::SeqCst);
+            self.sent.fetch_add(1, Ordering::SeqCst);
+            if self.enough.load(Ordering::SeqCst) {
+                return Ok(());
+            }
             if lot.of(500) == 0 {
                 panic!("a panic");
             }
@@ -230,6 +236,7 @@ async fn soak(length: Duration, seed: u64) {
     let faulty = Faulty::new(sound.clone());
     let faults = faulty.faults();
     let (runs, sent) = (Runs::default(), Arc::new(AtomicU64::new(0)));
+    let enough = Arc::new(AtomicBool::new(false));
     let tasks_before = tokio::runtime::Handle::current().metrics().num_alive_tasks();
     let ledger = Arc::new(Mutex::new(Ledger::default()));
     let mut followers = JoinSet::new();
@@ -248,9 +255,10 @@ async fn soak(length: Duration, seed: u64) {
             .lives_max(1000)
             .stuck_max(1000)
             .drain_timeout(Duration::from_secs(60));
-        let sent = Arc::clone(&sent);
+        let (sent, enough) = (Arc::clone(&sent), Arc::clone(&enough));
         let builder = match number {
-            0 => builder.resident(move || Sender(Arc::clone(&sent))),
+            0 => builder
+                .resident(move || Sender { sent: Arc::clone(&sent), enough: Arc::clone(&enough) }),
             _ => builder,
         };
         let node = builder.start().await.unwrap();
@@ -306,9 +314,7 @@ async fn soak(length: Duration, seed: u64) {
     let memory_after = memory_mib();
     let bites: u64 = ops.iter().map(|op| faults.count(*op)).sum();
     faults.clear();
-    // First the one that sends, so that the other can come to an end with what there is.
-    let last = nodes.pop().expect("there are two");
-    nodes.pop().expect("there are two").drain().await.unwrap();
+    enough.store(true, Ordering::SeqCst);
     tokio::time::timeout(Duration::from_secs(120), async {
         // What is unknown may be on its way for one more attempt, which is 50 ms at the most.
         let mut quiet = 0;
@@ -320,8 +326,9 @@ async fn soak(length: Duration, seed: u64) {
     })
     .await
     .expect("everything comes to its end");
-    last.drain().await.unwrap();
-    asker.drain().await.unwrap();
+    for node in nodes.into_iter().chain([asker]) {
+        node.drain().await.unwrap();
+    }
     while let Some(followed) = followers.join_next().await {
         followed.unwrap();
     }
