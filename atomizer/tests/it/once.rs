@@ -2,7 +2,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use atomizer::{CallError, EventKind, prelude::*};
+use atomizer::{AtomId, CallError, Electron, EventKind, Payload, prelude::*};
 
 use crate::atoms::{Gated, started, until};
 
@@ -85,4 +85,40 @@ async fn what_runs_at_most_once_may_be_tried_again_when_it_failed() {
     assert_eq!(call.await.unwrap(), 3);
     let failing = atomizer.call::<Once>(()).policy(Policy::fail()).await;
     assert!(matches!(failing, Err(CallError::Failed(_))), "{failing:?}");
+}
+
+/// A sender that did not know whether its send arrived sent again: two messages, one run.
+#[tokio::test]
+async fn what_is_sent_twice_runs_once_where_both_are() {
+    let memory = Memory::new();
+    let sender = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    let electron = Electron::new(AtomId::of::<Gated>(), Payload::json("7"));
+    for _ in 0..3 {
+        sender.send_electron(electron.clone()).await.unwrap();
+    }
+    let atom = at_most_once();
+    let running = node(&memory, &atom).await;
+    let mut events = running.events();
+    atom.open(3);
+    until(&mut events, |kind| matches!(kind, EventKind::Completed { .. })).await;
+    running.drain().await.unwrap();
+    assert_eq!(atom.gate.available_permits(), 2, "one ran");
+}
+
+/// It will not come again, so its asker is told when its node stops in the middle.
+#[tokio::test]
+async fn what_runs_at_most_once_is_answered_when_its_node_stops() {
+    let memory = Memory::new();
+    let atom = at_most_once();
+    let builder = Atomizer::builder().conductor(memory.clone()).atom(atom.clone());
+    let running = builder.drain_timeout(Duration::ZERO).start().await.unwrap();
+    let mut events = running.events();
+    let asker = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    let call = tokio::spawn(asker.call::<Gated>(7).into_future());
+    until(&mut events, started).await;
+    running.drain().await.unwrap();
+    let answer = call.await.unwrap();
+    let Err(CallError::Failed(failure)) = answer else { panic!("it is told: {answer:?}") };
+    assert_eq!(failure.message, "its node stopped before it ended");
+    assert_eq!(memory.take_dead_letters().len(), 1);
 }

@@ -406,3 +406,17 @@ async fn what_nobody_wants_any_more_is_not_gone_on_with() {
     let EventKind::Failed { failure, dead, .. } = failed.kind else { unreachable!() };
     assert_eq!((failure.kind, dead), (FailureKind::Expired, false));
 }
+
+/// A copy that this node may not put back: the electron ends, instead of being held for ever.
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_put_back_ends() {
+    let memory = Memory::new();
+    let atom = Fickle::new(u32::MAX);
+    let narrow = memory.clone().payload_bytes_max(3);
+    let _serving = node(&narrow, &atom).await;
+    let asker = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    let call = asker.call::<Fickle>(()).policy(Policy::requeue(5).backoff(at_once()));
+    let failure = failure(call).await;
+    assert_eq!((failure.attempt, failure.message.as_str()), (1, "failure 1"));
+    assert_eq!(dead_letter(&memory).attempts, 1);
+}

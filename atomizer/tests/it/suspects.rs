@@ -134,3 +134,46 @@ async fn deliveries_alone_kill_no_electron() {
     });
     assert!(matches!(event.await.kind, EventKind::Completed { .. }));
 }
+
+/// A suspect whose atom has no room must not hold up the suspects of others.
+#[tokio::test(start_paused = true)]
+async fn a_suspect_without_a_permit_holds_up_no_other() {
+    struct Full;
+    impl Atom for Full {
+        const ID: &'static str = "full";
+        const KIND: Kind = Kind::Singleton;
+        type Input = ();
+        type Output = ();
+        async fn process(&self, _cx: &Context, (): ()) -> Result<()> {
+            std::future::pending().await
+        }
+    }
+    let memory = Memory::new();
+    let sender = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    for number in 0..5 {
+        sender.send::<Full>(()).await.unwrap();
+        sender.send::<Gated>(number).await.unwrap();
+    }
+    killed_with_it(&memory, AtomId::of::<Full>(), 1).await;
+    killed_with_it(&memory, AtomId::of::<Gated>(), 1).await;
+    let atom = Gated::new(Options::default());
+    atom.open(5);
+    let builder = Atomizer::builder().conductor(memory.clone()).atom(Full).atom(atom);
+    let (_running, mut events) = watched(builder).await;
+    for _ in 0..5 {
+        until(&mut events, |kind| matches!(kind, EventKind::Completed { .. })).await;
+    }
+}
+
+/// What can never be written into is begun alone all the same.
+#[tokio::test(start_paused = true)]
+async fn a_suspect_that_can_never_be_written_is_begun_all_the_same() {
+    let memory = Memory::new();
+    let sender = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    sender.send::<Gated>(1_000_000).await.unwrap();
+    killed_with_it(&memory, AtomId::of::<Gated>(), 1).await;
+    let atom = Gated::new(Options::default());
+    atom.open(1);
+    let (_running, mut events) = node(&memory.payload_bytes_max(3), &atom).await;
+    until(&mut events, |kind| matches!(kind, EventKind::Completed { .. })).await;
+}
