@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use crate::{
-    Address, AtomId, Electron, ElectronId, Envelope, Failure, Message, Payload, Policy, Properties,
-    SendError, admission::Slot, link::Link, node::Node,
+    Address, AtomId, Electron, ElectronId, Envelope, Failure, FailureKind, Message, Payload,
+    Policy, Properties, SendError, admission::Slot, link::Link, node::Node,
 };
 
 /// Who waits for which answer. The first answer takes the entry out: later ones find nobody.
@@ -196,8 +196,15 @@ impl<'cx, T> Call<'cx, T> {
         }
     }
 
+    /// Returns the id of the electron that asks, to find it in the [events](crate::Event). None when the input
+    /// could not be encoded.
+    #[must_use]
+    pub fn electron(&self) -> Option<ElectronId> {
+        self.electron.as_ref().ok().map(|electron| electron.id)
+    }
+
     /// Sets how long to wait for the answer, sending included. Afterwards the electron is neither begun nor gone
-    /// on with.
+    /// on with, and a policy makes no attempt that would have to wait beyond it.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
@@ -230,6 +237,10 @@ impl<'cx, T> Call<'cx, T> {
         };
         match &properties.outcome {
             Ok(payload) => (self.decode)(payload).map_err(CallError::Decode),
+            // The node that had it noticed first.
+            Err(failure) if failure.kind == FailureKind::Expired => {
+                Err(CallError::Deadline { id: properties.electron, deadline: self.deadline })
+            }
             Err(failure) => Err(CallError::Failed(failure.clone())),
         }
     }

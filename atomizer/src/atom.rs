@@ -78,7 +78,8 @@ pub enum Kind {
     /// it.
     Spawner,
     /// Never runs twice at once on a node, so that it may keep state: one electron after the other, whichever
-    /// conductors they come through.
+    /// conductors they come through. `process` takes `&self`, so the state is in a `Mutex` or an atomic; where a
+    /// panic may leave it broken, [`Builder::atom_from`](crate::Builder::atom_from) makes it afresh.
     Singleton,
 }
 

@@ -70,7 +70,8 @@ impl Context {
         self.electron.attempts.saturating_add(1)
     }
 
-    /// Returns how earlier attempts failed, oldest first: the first and the last eight.
+    /// Returns how earlier attempts failed, oldest first: the first and the last eight. That it was
+    /// [given back](crate::FailureKind::GivenBack) is among them, though that is no attempt.
     #[must_use]
     pub fn history(&self) -> &[Failure] {
         &self.electron.history

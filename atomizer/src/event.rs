@@ -58,7 +58,12 @@ impl Event {
     }
 }
 
-/// The things that happen. As JSON: the field `event` names the kind, and durations are in microseconds.
+/// The things that happen.
+///
+/// As JSON the field `event` names the kind in snake case, and durations are whole microseconds in fields whose
+/// names end in `_us`: `{"sequence":7,"at":"2026-11-21T12:00:00.000000Z","node":"agent-0badcafe",
+/// "conductor":"memory","event":"completed","electron":"01932c07-e8f1-7a3b-9c4d-5e6f70819203","atom":"double",
+/// "attempt":1,"took_us":250,"unclaimed":false}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]

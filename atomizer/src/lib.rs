@@ -87,6 +87,7 @@ pub use runtime::{Atomizer, NodeError};
 /// What nearly every program needs.
 pub mod prelude {
     pub use crate::{
-        Atom, AtomError, Atomizer, Backoff, Context, Kind, Memory, Options, Policy, Result,
+        Atom, AtomError, Atomizer, Backoff, CallError, Context, Kind, Memory, Options, Policy,
+        Resident, Result,
     };
 }

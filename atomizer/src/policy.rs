@@ -57,7 +57,8 @@ impl Policy {
 
     /// After a failure puts the electron back for another node, so many times at most.
     ///
-    /// As long as another node serves the atom, the one that failed does not take it again.
+    /// As long as another node serves the atom, the one that failed does not take it again. Where there is no
+    /// other, it does.
     pub const fn requeue(times: u32) -> Self {
         Self { requeue: times, ..Self::fail() }
     }

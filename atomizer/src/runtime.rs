@@ -129,9 +129,9 @@ impl Atomizer {
     /// Serves until SIGTERM or ctrl-c, then drains. A second signal cuts the draining short.
     ///
     /// # Errors
-    /// [`NodeError`] when the node failed: a program should say so and exit with a code other than 0. A run that
-    /// holds a thread for ever holds up the end of its runtime too; `Runtime::shutdown_background` does not
-    /// wait for it.
+    /// [`NodeError`] when the node failed: a program should say so and exit with a code other than 0, by
+    /// `std::process::exit`. To return from `main` is not enough when a run never yields: the end of its runtime,
+    /// too, waits for it.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the node running.
@@ -390,7 +390,7 @@ impl<T: Send + 'static> JoinAllCaught for JoinSet<T> {
     }
 }
 
-/// Why a node failed: the critical failures. Nothing else ends a node.
+/// Why a node failed: the critical failures.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NodeError {
@@ -411,7 +411,7 @@ pub enum NodeError {
     },
     /// So many runs do not stop at their time limit that they may hold all threads.
     #[error(
-        "{stuck} runs do not stop after their time limit, {stuck_max} are too many; the last is {last}"
+        "stuck runs: {stuck} hold their threads after their time limit, and {stuck_max} are too many; the last is {last}"
     )]
     Stuck {
         /// How many.

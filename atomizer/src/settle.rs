@@ -179,7 +179,7 @@ impl Settler {
         spent: Spent,
         output: Payload,
     ) -> Settlement {
-        let emit = self.answer(&electron, spent, Ok(output)).into_iter().collect();
+        let emit = self.answer(&electron, spent, Ok(output), true).into_iter().collect();
         Settlement::new(ticket, emit, electron, spent, How::Done)
     }
 
@@ -192,10 +192,11 @@ impl Settler {
         failure: Failure,
         dead: bool,
     ) -> Settlement {
-        let mut emit: Vec<_> =
-            self.answer(&electron, spent, Err(failure.clone())).into_iter().collect();
+        // Who is told of a failure finds its dead letter: both are safe together, or the letter is first.
+        let answer = self.answer(&electron, spent, Err(failure.clone()), !dead);
+        let mut emit: Vec<_> = answer.into_iter().collect();
         if dead {
-            emit.push(self.dead(&electron, failure.clone()));
+            emit.insert(0, self.dead(&electron, failure.clone()));
         }
         Settlement::new(ticket, emit, electron, spent, How::Failed { failure, dead })
     }
@@ -203,12 +204,13 @@ impl Settler {
     /// What is emitted to answer, if anybody asked.
     ///
     /// An asker that waits in this very process is handed its answer here: that is as safe as it can be, for
-    /// whatever ends this process ends the asker too. It saves the way through the queue.
+    /// whatever ends this process ends the asker too. It saves the way through the queue, where that `may_be_direct`.
     fn answer(
         &self,
         electron: &Electron,
         spent: Spent,
         outcome: Result<Payload, Failure>,
+        may_be_direct: bool,
     ) -> Option<Envelope> {
         let reply_to = electron.reply_to.as_ref()?;
         let Asker { node, link } = &self.asker;
@@ -216,7 +218,8 @@ impl Settler {
         properties.started_at = spent.at;
         properties.duration = spent.took;
         let bytes = properties.outcome.as_ref().map_or(0, |payload| payload.body.len());
-        if reply_to != link.reply_to() || bytes > link.limits().payload_bytes_max {
+        if !may_be_direct || reply_to != link.reply_to() || bytes > link.limits().payload_bytes_max
+        {
             return Some(Envelope::new(Address::Reply(reply_to.clone()), properties.into()));
         }
         node.answer(link.id(), properties.into());

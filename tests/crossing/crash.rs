@@ -126,7 +126,10 @@ async fn a_process_whose_runs_do_not_stop_exits_with_the_report() {
     .await
     .unwrap();
     assert_eq!(status.code(), Some(1), "{report}");
-    assert!(report.contains("error: 2 runs do not stop after their time limit"), "{report}");
+    assert!(
+        report.contains("error: stuck runs: 2 hold their threads after their time limit"),
+        "{report}"
+    );
     assert!(answered.elapsed() < Duration::from_secs(20), "{:?}", answered.elapsed());
     asker.drain().await.unwrap();
     spawn_blocking(move || drop(vhost)).await.unwrap();

@@ -44,12 +44,13 @@ async fn what_runs_at_most_once_does_not_come_again_and_is_answered() {
 async fn what_runs_at_most_once_has_left_its_queue_when_it_begins() {
     let memory = Memory::new();
     let atom = at_most_once();
-    let running = node(&memory, &atom).await;
+    let builder = Atomizer::builder().conductor(memory.clone()).atom(atom);
+    let running = builder.drain_timeout(Duration::ZERO).start().await.unwrap();
     let mut events = running.events();
     running.send::<Gated>(7).await.unwrap();
     until(&mut events, started).await;
-    // As if it were killed: what ran does not come again.
-    drop((running, events));
+    // It is aborted in the middle: what ran does not come again.
+    running.drain().await.unwrap();
     let heir = at_most_once();
     heir.open(1);
     let second = node(&memory, &heir).await;
