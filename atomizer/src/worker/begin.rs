@@ -133,8 +133,11 @@ impl Worker {
 
     pub(super) fn begin(&mut self, mut held: Held, permit: Permit, began: Began) {
         held.on(Fact::Admitted);
-        if self.begun.is_empty() {
-            self.next_tick = self.next_tick.max(began.instant + TICK);
+        // A tick that is over while there was nothing to look after. Any other stays, or what comes and goes one
+        // by one would put it off for ever.
+        let nothing_to_look_after = self.begun.is_empty() && self.overdue.is_empty();
+        if nothing_to_look_after && self.next_tick <= began.instant {
+            self.next_tick = began.instant + TICK;
         }
         let (id, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
         self.emit(|atom| EventKind::Started { electron: id, atom, attempt });

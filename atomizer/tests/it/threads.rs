@@ -136,3 +136,38 @@ async fn too_many_runs_that_do_not_stop_end_the_node_with_a_report() {
     until(&mut events, |kind| matches!(kind, EventKind::Critical { .. })).await;
     drop(release);
 }
+
+/// Others of the same atom come and go, one at a time: that must not hide the one that does not stop.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_run_that_does_not_stop_is_told_of_while_others_come_and_go() {
+    struct Mixed(Blocks);
+    impl Atom for Mixed {
+        const ID: &'static str = "mixed";
+        type Input = bool;
+        type Output = ();
+        fn options(&self) -> Options {
+            Options::default().time_limit(SHORT)
+        }
+        async fn process(&self, cx: &Context, blocks: bool) -> Result<()> {
+            if blocks { self.0.process(cx, ()).await } else { Ok(()) }
+        }
+    }
+    let blocks = Blocks::default();
+    let release = Release(blocks.clone());
+    let builder = Atomizer::builder().conductor(Memory::new()).atom(Mixed(blocks)).stuck_max(100);
+    let atomizer = builder.drain_timeout(Duration::from_secs(1)).start().await.unwrap();
+    let mut events = atomizer.events();
+    let stuck = atomizer.send::<Mixed>(true).await.unwrap();
+    let mut told = false;
+    let began = Instant::now();
+    while !told {
+        atomizer.call::<Mixed>(false).await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(30), "it is not told of");
+        while let Some(event) = futures::FutureExt::now_or_never(events.next()).flatten() {
+            let Ok(event) = event else { continue };
+            told |= matches!(event.kind, EventKind::Stuck { electron, .. } if electron == stuck);
+        }
+    }
+    drop(release);
+    atomizer.drain().await.unwrap();
+}
