@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use crate::{
-    Address, AtomId, Electron, ElectronId, Envelope, Failure, FailureKind, Message, Payload,
-    Policy, Properties, SendError, admission::Slot, link::Link, node::Node,
+    Address, AtomId, Electron, ElectronId, Envelope, EventKind, Failure, FailureKind, Message,
+    Payload, Policy, Properties, ReplyTo, SendError, admission::Slot, link::Link, node::Node,
 };
 
 /// Who waits for which answer. The first answer takes the entry out: later ones find nobody.
@@ -27,10 +27,18 @@ pub(crate) struct Pending {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    by_id: FxHashMap<ElectronId, (Token, Waiter)>,
+    by_id: FxHashMap<ElectronId, Waits>,
     next_token: u64,
     /// The node has stopped: nobody waits any more.
     closed: bool,
+}
+
+#[derive(Debug)]
+struct Waits {
+    token: Token,
+    /// Asked again should the answers be lost.
+    question: Arc<Electron>,
+    waiter: Waiter,
 }
 
 /// Tells an entry from a later one for the same electron, which must not be removed in its place.
@@ -45,20 +53,21 @@ pub(crate) enum Waiter {
 }
 
 impl Pending {
-    /// Waits for an answer. On a node that has stopped the waiter is dropped at once.
-    pub(crate) fn insert(&self, id: ElectronId, waiter: Waiter) -> Token {
+    /// Waits for the answer to a question. On a node that has stopped the waiter is dropped at once.
+    pub(crate) fn insert(&self, question: &Arc<Electron>, waiter: Waiter) -> Token {
         let mut waiting = self.lock();
         let token = Token(waiting.next_token);
         waiting.next_token += 1;
         if !waiting.closed {
-            drop(waiting.by_id.insert(id, (token, waiter)));
+            let question = Arc::clone(question);
+            drop(waiting.by_id.insert(question.id, Waits { token, question, waiter }));
         }
         token
     }
 
     pub(crate) fn remove(&self, id: ElectronId, token: Token) {
         let mut waiting = self.lock();
-        if waiting.by_id.get(&id).is_some_and(|(held, _)| *held == token) {
+        if waiting.by_id.get(&id).is_some_and(|waits| waits.token == token) {
             drop(waiting.by_id.remove(&id));
         }
     }
@@ -72,12 +81,22 @@ impl Pending {
 
     /// Hands an answer to who waits for it. False when nobody does.
     pub(crate) fn resolve(&self, answer: Arc<Properties>) -> bool {
-        let waiter = self.lock().by_id.remove(&answer.electron);
-        match waiter {
-            Some((_, Waiter::Call(tx))) => tx.send(answer).is_ok(),
-            Some((_, Waiter::Child(index, tx))) => tx.try_send((index, answer)).is_ok(),
+        let waits = self.lock().by_id.remove(&answer.electron);
+        match waits.map(|waits| waits.waiter) {
+            Some(Waiter::Call(tx)) => tx.send(answer).is_ok(),
+            Some(Waiter::Child(index, tx)) => tx.try_send((index, answer)).is_ok(),
             None => false,
         }
+    }
+
+    /// Returns all that is asked, and is to be answered at one address.
+    fn questions(&self, answered_at: &ReplyTo) -> Vec<Arc<Electron>> {
+        let waiting = self.lock();
+        let questions = waiting.by_id.values().map(|waits| &waits.question);
+        questions
+            .filter(|question| question.reply_to.as_ref() == Some(answered_at))
+            .cloned()
+            .collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
@@ -102,24 +121,50 @@ impl Asker {
     }
 
     /// Makes an electron safe. The caller bounds the time.
-    async fn send(&self, electron: Arc<Electron>) -> Result<(), SendError> {
-        let to = Address::Atom(electron.atom.clone());
-        let envelope = Envelope::new(to, Message::Electron(electron));
-        self.link.send(&[envelope]).await.pop().unwrap_or(Ok(()))
+    async fn send(&self, electron: Arc<Electron>, delay: Duration) -> Result<(), SendError> {
+        self.link.send(&[envelope(&electron).after(delay)]).await.pop().unwrap_or(Ok(()))
     }
 
-    /// Makes an electron safe that nobody waits for.
+    /// Asks again, under the same ids, all that is not answered: answers may have been lost.
+    pub(crate) async fn ask_again(self) {
+        let questions = self.node.pending.questions(self.link.reply_to());
+        if questions.is_empty() {
+            return;
+        }
+        let electrons = questions.len();
+        tracing::warn!(conductor = %self.link.id(), electrons, "answers may have been lost; asking again");
+        self.node.events.emit(Some(self.link.id()), || EventKind::AskedAgain { electrons });
+        for questions in questions.chunks(ASK_AGAIN_BATCH) {
+            let envelopes: Vec<_> = questions.iter().map(envelope).collect();
+            for (question, sent) in questions.iter().zip(self.link.send(&envelopes).await) {
+                if let Err(error) = sent {
+                    // Its call has a deadline.
+                    tracing::warn!(id = %question.id, %error, "failed to ask again");
+                }
+            }
+        }
+    }
+
+    /// Makes an electron safe that nobody waits for, to be delivered after a delay.
     pub(crate) async fn send_bounded(
         &self,
         mut electron: Electron,
+        delay: Duration,
     ) -> Result<ElectronId, CallError> {
         const SEND_TIMEOUT: Duration = Duration::from_secs(30);
         electron.sender = Some(self.node.id.clone());
         let id = electron.id;
-        let sent = timeout(SEND_TIMEOUT, self.send(electron.into())).await.unwrap_or_else(|_| {
-            let reason = format!("no confirmation within {SEND_TIMEOUT:?}");
-            Err(SendError::Unknown(reason))
-        });
+        let delay_max = self.link.limits().delay_max;
+        if delay > delay_max {
+            let reason =
+                format!("{} keeps electrons back for {delay_max:?} at the most", self.link.id());
+            return Err(CallError::NotSent { id, source: SendError::Refused(reason) });
+        }
+        let sent =
+            timeout(SEND_TIMEOUT, self.send(electron.into(), delay)).await.unwrap_or_else(|_| {
+                let reason = format!("no confirmation within {SEND_TIMEOUT:?}");
+                Err(SendError::Unknown(reason))
+            });
         sent.map_err(|source| CallError::NotSent { id, source })?;
         Ok(id)
     }
@@ -131,7 +176,7 @@ impl Asker {
     ) -> Result<Arc<Properties>, CallError> {
         let id = electron.id;
         let (tx, rx) = oneshot::channel();
-        let token = self.node.pending.insert(id, Waiter::Call(tx));
+        let token = self.node.pending.insert(&electron, Waiter::Call(tx));
         let _forget = Forget { node: &self.node, id, token };
         let answered = async {
             let mut rx = rx;
@@ -139,7 +184,7 @@ impl Asker {
                 biased;
                 // The answer may be here before the send is confirmed; or the node has stopped.
                 answer = &mut rx => return answer.map_err(|_| CallError::Stopped),
-                sent = self.send(electron) => {
+                sent = self.send(electron, Duration::ZERO) => {
                     sent.map_err(|source| CallError::NotSent { id, source })?;
                 }
             }
@@ -147,6 +192,14 @@ impl Asker {
         };
         timeout(deadline, answered).await.unwrap_or(Err(CallError::Deadline { id, deadline }))
     }
+}
+
+/// How many questions are asked again at once.
+const ASK_AGAIN_BATCH: usize = 256;
+
+fn envelope(electron: &Arc<Electron>) -> Envelope {
+    let to = Address::Atom(electron.atom.clone());
+    Envelope::new(to, Message::Electron(Arc::clone(electron)))
 }
 
 /// Takes the entry out when a call is dropped or fails.

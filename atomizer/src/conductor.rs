@@ -134,6 +134,14 @@ pub trait Subscription: Send {
     /// Safe: no delivery is lost.
     async fn next(&mut self, max: NonZeroUsize) -> Result<Vec<Delivery>, SessionError>;
 
+    /// Returns whether something that was sent to where this takes from may have been lost before it was taken: an
+    /// inbox that was not there any more, and is made anew.
+    ///
+    /// What the node has asked is asked again then, under the same ids.
+    fn may_have_missed(&self) -> bool {
+        false
+    }
+
     /// Takes no more. What [`next`](Self::next) has not handed out goes back; tickets stay valid.
     async fn stop(&mut self);
 }

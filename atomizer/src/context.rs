@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use tokio::time::Instant;
@@ -127,7 +128,7 @@ impl Context {
         let mut child = self.next_child(AtomId::of::<A>(), payload)?;
         // Nobody waits for it, so nobody stops waiting.
         child.deadline = None;
-        self.asker.send_bounded(child).await
+        self.asker.send_bounded(child, Duration::ZERO).await
     }
 
     /// Asks one atom for each input, a window of them at a time, and combines what comes back.

@@ -249,6 +249,12 @@ pub enum EventKind {
         /// Why.
         reason: String,
     },
+    /// Answers may have been lost with the queue that they were in, so what is not answered was asked again, under
+    /// the same ids.
+    AskedAgain {
+        /// How many electrons.
+        electrons: usize,
+    },
     /// An answer came that nobody waits for (any more): a duplicate, or its call was dropped.
     AnswerDropped {
         /// Whose answer.
@@ -333,6 +339,7 @@ impl EventKind {
             | Self::OpenFailed { .. }
             | Self::SessionLost { .. }
             | Self::ConductorGone { .. }
+            | Self::AskedAgain { .. }
             | Self::Critical { .. }
             | Self::Draining
             | Self::Cancelling
@@ -370,6 +377,9 @@ impl fmt::Display for EventKind {
             Self::SubscriptionLost { atom, error } => {
                 let source = atom.as_ref().map_or("the inbox", AtomId::as_str);
                 write!(f, "subscription to {source} lost: {error}")
+            }
+            Self::AskedAgain { electrons } => {
+                write!(f, "asks again for {electrons} answers that may be lost")
             }
             Self::AnswerDropped { electron } => {
                 write!(f, "dropped an answer nobody waits for: {electron}")

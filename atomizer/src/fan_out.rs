@@ -7,7 +7,8 @@ use rustc_hash::FxHashMap;
 use tokio::sync::mpsc;
 
 use crate::{
-    Address, Atom, AtomId, CallError, Context, ElectronId, Envelope, Policy, Properties, SendError,
+    Address, Atom, AtomId, CallError, Context, ElectronId, Envelope, Message, Policy, Properties,
+    SendError,
     ask::{Token, Waiter},
     erased,
 };
@@ -248,10 +249,12 @@ where
                 }
             };
             child.policy = self.policy.or(child.policy);
-            let token = pending.insert(child.id, Waiter::Child(index, self.answer_to.clone()));
+            let child = Arc::new(child);
+            let token = pending.insert(&child, Waiter::Child(index, self.answer_to.clone()));
             self.in_flight.insert(index, (child.id, token));
             sent.push((index, child.id));
-            envelopes.push(Envelope::new(Address::Atom(child.atom.clone()), child.into()));
+            envelopes
+                .push(Envelope::new(Address::Atom(child.atom.clone()), Message::Electron(child)));
         }
         if envelopes.is_empty() {
             return;

@@ -2,6 +2,7 @@
 
 use std::{num::NonZeroUsize, time::Duration};
 
+use futures::{FutureExt, future::OptionFuture};
 use tokio::{sync::oneshot, time::sleep};
 
 use crate::{
@@ -25,9 +26,23 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
     let Asker { node, link } = &asker;
     let mut intake = Intake::new(&asker, Source::Inbox, WINDOW, tried);
     let settler = Settler { asker: asker.clone(), atom: INBOX };
+    let mut asking_again = OptionFuture::default();
     loop {
-        let Taken::Deliveries(deliveries) = intake.next(WINDOW).await else {
-            continue;
+        let taken = tokio::select! {
+            taken = intake.next(WINDOW) => taken,
+            Some(()) = &mut asking_again => {
+                asking_again = OptionFuture::default();
+                continue;
+            }
+        };
+        let deliveries = match taken {
+            Taken::Deliveries(deliveries) => deliveries,
+            Taken::Missed => {
+                // Beside the receiving: sending may take as long as a broker is away. A later one asks for all.
+                asking_again = Some(asker.clone().ask_again().boxed()).into();
+                continue;
+            }
+            Taken::Lost => continue,
         };
         let mut batch = Vec::with_capacity(deliveries.len());
         for Delivery { message, ticket, .. } in deliveries {

@@ -42,6 +42,8 @@ pub(crate) enum Taken {
     Deliveries(Vec<Delivery>),
     /// The subscription was lost: tickets that came through it are stale.
     Lost,
+    /// What was sent here before this subscription may be lost.
+    Missed,
 }
 
 impl Intake {
@@ -85,8 +87,12 @@ impl Intake {
                 State::Subscribing(session, subscribing) => match subscribing.await {
                     Ok(subscription) => {
                         let session = Arc::clone(session);
+                        let missed = subscription.may_have_missed();
                         self.subscribed();
                         self.state = State::Open(session, subscription);
+                        if missed {
+                            return Taken::Missed;
+                        }
                     }
                     Err(error) => {
                         let session = Arc::clone(session);

@@ -101,6 +101,25 @@ impl Atomizer {
         self.send_electron(Electron::new(AtomId::of::<A>(), payload)).await
     }
 
+    /// Sends an electron that nobody waits for, to be begun when `delay` is over and not before. When this
+    /// returns it is safe; what carries it keeps the time, so it outlives this node.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send), with [`SendError::Refused`](crate::SendError::Refused) in it when the conductor
+    /// cannot keep electrons back for so long ([`Limits::delay_max`](crate::Limits::delay_max)).
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn send_after<A: Atom>(
+        &self,
+        delay: Duration,
+        input: A::Input,
+    ) -> Result<ElectronId, CallError> {
+        let payload = erased::encode(&input).map_err(CallError::Encode)?;
+        let electron = Electron::new(AtomId::of::<A>(), payload);
+        self.asker().send_bounded(electron, delay).await
+    }
+
     /// Sends an electron as it is, under its own id. When this returns it is safe.
     ///
     /// # Errors
@@ -109,7 +128,7 @@ impl Atomizer {
     /// # Cancel safety
     /// As [`send`](Self::send).
     pub async fn send_electron(&self, electron: Electron) -> Result<ElectronId, CallError> {
-        self.asker().send_bounded(electron).await
+        self.asker().send_bounded(electron, Duration::ZERO).await
     }
 
     /// Takes no more electrons, finishes what runs, gives back the rest, and closes.

@@ -178,6 +178,8 @@ impl Worker {
             match self.step(reached).await {
                 Step::Taken(Taken::Deliveries(deliveries)) => self.on_deliveries(deliveries),
                 Step::Taken(Taken::Lost) => self.on_lost(),
+                // What is sent to an atom stays until it is settled.
+                Step::Taken(Taken::Missed) => {}
                 Step::Admitted(permit) => self.on_admitted(permit),
                 Step::Finished(count) => self.on_finished(count),
                 Step::Settled(settled) => self.on_settled(settled),

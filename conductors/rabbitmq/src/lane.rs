@@ -326,7 +326,10 @@ async fn publish(
     (tag, failed.collect(), done)
 }
 
+/// A consumer, seen by who takes from it.
 pub(crate) struct LaneSubscription {
+    /// Whether what was sent before it may be lost.
+    pub(crate) missed: bool,
     pub(crate) id: LaneId,
     pub(crate) channel: Channel,
     pub(crate) consumer: Consumer,
@@ -393,6 +396,10 @@ impl Subscription for LaneSubscription {
             }
         }
         Ok(deliveries)
+    }
+
+    fn may_have_missed(&self) -> bool {
+        self.missed
     }
 
     async fn stop(&mut self) {

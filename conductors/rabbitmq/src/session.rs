@@ -4,7 +4,10 @@ use std::{
     collections::HashSet,
     fmt,
     num::NonZeroUsize,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use async_trait::async_trait;
@@ -14,12 +17,11 @@ use atomizer::{
 };
 use futures::future::join_all;
 use lapin::{
-    Channel, Connection, Consumer, ErrorKind,
+    Channel, Connection, Consumer,
     options::{
         BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
         QueueDeleteOptions,
     },
-    protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
 };
 use tokio::{
@@ -29,7 +31,9 @@ use tokio::{
 };
 
 use crate::{
-    connect::{Address, Connected, plain},
+    connect::{Address, Connected},
+    declare::{Declarer, found, on_own_channel},
+    delay::Ladder,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
@@ -46,12 +50,15 @@ pub(crate) struct RabbitSession {
     epoch: Epoch,
     publishing: Arc<Connection>,
     consuming: Arc<Connection>,
+    declarer: Declarer,
     publisher: Publisher,
     lanes: Arc<Lanes>,
     leases: Arc<Leases>,
     /// The way to park, once something was parked.
     lease: AsyncMutex<Option<Arc<Lease>>>,
     life: Life,
+    /// Whether the inbox was not there, and what was sent to it may be lost, until that is told.
+    inbox_is_new: AtomicBool,
     /// Atoms whose queue was declared through this session.
     declared: Mutex<HashSet<AtomId>>,
     tasks: Mutex<JoinSet<()>>,
@@ -67,26 +74,30 @@ impl RabbitSession {
         let publishing = address.connect(node, "publishes").await?;
         let consuming = address.connect(node, "consumes").await?;
         let setting_up = async {
+            let inbox_is_new = !topology.is_inbox_there(&publishing.connection, node).await?;
             let channel = publishing.connection.create_channel().await?;
             topology.declare_base(&channel).await?;
             topology.declare_inbox(&channel, node).await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok(channel)
+            Ok((channel, inbox_is_new))
         };
-        let channel = match timeout(REQUEST_TIMEOUT, setting_up).await {
+        let (channel, inbox_is_new) = match timeout(REQUEST_TIMEOUT, setting_up).await {
             Ok(channel) => channel.map_err(|error| address.classify(&error))?,
             Err(_) => return Err(OpenError::Unreachable(format!("{address}: no answer in time"))),
         };
         let life = Life::new();
         let mut tasks = JoinSet::new();
-        let (publisher, publish) = Publisher::new(channel, topology.clone(), limits, life.clone());
-        tasks.spawn(publish);
         let mut watch = |Connected { connection, events }: Connected| {
             let connection = Arc::new(connection);
             tasks.spawn(watch_over(Arc::clone(&connection), events, life.clone()));
             connection
         };
         let (publishing, consuming) = (watch(publishing), watch(consuming));
+        let declarer = Declarer { connection: Arc::clone(&consuming), life: life.clone() };
+        let ladder = Ladder::new(topology.clone(), declarer.clone());
+        let (publisher, publish) =
+            Publisher::new(channel, topology.clone(), ladder, limits, life.clone());
+        tasks.spawn(publish);
         Ok(Self {
             node: node.clone(),
             topology: topology.clone(),
@@ -94,11 +105,13 @@ impl RabbitSession {
             epoch: Epoch::unique(),
             publishing,
             consuming,
+            declarer,
             publisher,
             lanes: Arc::default(),
             leases: Leases::new(),
             lease: AsyncMutex::default(),
             life,
+            inbox_is_new: AtomicBool::new(inbox_is_new),
             declared: Mutex::default(),
             tasks: Mutex::new(tasks),
         })
@@ -112,33 +125,9 @@ impl RabbitSession {
     async fn declare_atom(&self, atom: &AtomId) -> Result<(), SendError> {
         let queue = self.topology.atom_queue(atom);
         let declare = async |channel: &Channel| self.topology.declare_atom(channel, atom).await;
-        self.declare(&queue, declare).await?;
+        self.declarer.declare(&queue, declare).await?;
         self.declared().insert(atom.clone());
         Ok(())
-    }
-
-    /// Makes sure that something is there. One that is there with other arguments is used as it is.
-    ///
-    /// Asked for on the consuming connection: the other one may be blocked.
-    async fn declare(
-        &self,
-        name: &str,
-        declare: impl AsyncFnOnce(&Channel) -> lapin::Result<()>,
-    ) -> Result<(), SendError> {
-        let declaring = on_own_channel(&self.consuming, declare);
-        let declared = self.life.bound(REQUEST_TIMEOUT, async { Ok(declaring.await) }).await;
-        let Err(error) = declared.map_err(|error| SendError::Unknown(error.to_string()))? else {
-            return Ok(());
-        };
-        match refusal(&error) {
-            Some(AMQPSoftError::PRECONDITIONFAILED) => {
-                let reason = plain(&error);
-                tracing::warn!(name, reason, "a queue is used that is not as it should be");
-                Ok(())
-            }
-            Some(AMQPSoftError::ACCESSREFUSED) => Err(SendError::Refused(plain(&error))),
-            _ => Err(SendError::Unknown(plain(&error))),
-        }
     }
 
     /// Makes sure that the queues of all these are there, asking the broker once per session. Returns why one
@@ -279,7 +268,7 @@ impl RabbitSession {
         }
         let name = self.topology.lease_queue(&self.node, self.epoch);
         let declare = async |channel: &Channel| self.topology.declare_lease(channel, &name).await;
-        self.declare(&name, declare).await?;
+        self.declarer.declare(&name, declare).await?;
         let consuming = self.consume(&name, PARKED_MAX).await;
         let (channel, consumer) =
             consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
@@ -328,28 +317,6 @@ fn channel_ended() -> SettleError {
     SettleError::Unknown(SessionError::lost("the channel ended"))
 }
 
-/// The reply code, when a request was refused at the cost of its channel.
-fn refusal(error: &lapin::Error) -> Option<AMQPSoftError> {
-    match error.kind() {
-        ErrorKind::ProtocolError(error) => match error.kind() {
-            AMQPErrorKind::Soft(code) => Some(code.clone()),
-            AMQPErrorKind::Hard(_) => None,
-        },
-        _ => None,
-    }
-}
-
-/// Runs a request on a channel of its own: one that is refused costs the channel (AMQP 0-9-1, 2.2.4).
-async fn on_own_channel<T>(
-    connection: &Connection,
-    request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>,
-) -> lapin::Result<T> {
-    let channel = connection.create_channel().await?;
-    let result = request(&channel).await?;
-    channel.close(REPLY_SUCCESS, "done".into()).await?;
-    Ok(result)
-}
-
 #[async_trait]
 impl Session for RabbitSession {
     fn limits(&self) -> Limits {
@@ -372,11 +339,16 @@ impl Session for RabbitSession {
             }
             Source::Inbox => {
                 // It may have been deleted, or have expired, since the session began.
-                let declare = async |channel: &Channel| {
-                    self.topology.declare_inbox(channel, &self.node).await
+                let making = async {
+                    if !self.topology.is_inbox_there(&self.consuming, &self.node).await? {
+                        self.inbox_is_new.store(true, Ordering::Relaxed);
+                    }
+                    let declare = async |channel: &Channel| {
+                        self.topology.declare_inbox(channel, &self.node).await
+                    };
+                    on_own_channel(&self.consuming, declare).await
                 };
-                let declaring = on_own_channel(&self.consuming, declare);
-                self.life.bound(REQUEST_TIMEOUT, declaring).await?;
+                self.life.bound(REQUEST_TIMEOUT, making).await?;
                 (self.topology.inbox_queue(&self.node), None)
             }
             other => return Err(SessionError::lost(format!("{other:?} is not supported"))),
@@ -385,6 +357,8 @@ impl Session for RabbitSession {
         let (channel, consumer) = self.consume(&queue, prefetch).await?;
         let (id, settler_gone) = self.add_lane(&channel, prefetch, None);
         let life = self.life.clone();
+        // Told once: what is asked from now on is answered to the queue that is there.
+        let missed = atom.is_none() && self.inbox_is_new.swap(false, Ordering::Relaxed);
         Ok(Box::new(LaneSubscription {
             id,
             channel,
@@ -392,6 +366,7 @@ impl Session for RabbitSession {
             atom,
             life,
             settler_gone,
+            missed,
             ended: None,
         }))
     }
@@ -467,15 +442,12 @@ impl Session for RabbitSession {
             channel.queue_declare(queue.as_str().into(), options, FieldTable::default()).await
         };
         let asking = async {
-            match on_own_channel(&self.consuming, ask).await {
-                Ok(queue) => {
-                    Ok(Census::new(queue.message_count().into(), queue.consumer_count().into()))
+            Ok(match found(on_own_channel(&self.consuming, ask).await)? {
+                Some(queue) => {
+                    Census::new(queue.message_count().into(), queue.consumer_count().into())
                 }
-                Err(error) if refusal(&error) == Some(AMQPSoftError::NOTFOUND) => {
-                    Ok(Census::new(0, 0))
-                }
-                Err(error) => Err(error),
-            }
+                None => Census::new(0, 0),
+            })
         };
         self.life.bound(REQUEST_TIMEOUT, asking).await
     }
