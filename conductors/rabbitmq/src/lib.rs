@@ -47,6 +47,8 @@
 mod acks;
 mod connect;
 mod convert;
+mod declare;
+mod delay;
 mod lane;
 mod lease;
 mod life;
@@ -90,7 +92,7 @@ impl RabbitMq {
             id: ConductorId::from_static("rabbitmq"),
             address: Address::parse(url)?,
             topology: Topology::new("atomizer"),
-            limits: Limits::new(Self::PAYLOAD_BYTES_MAX),
+            limits: Limits::new(Self::PAYLOAD_BYTES_MAX).delay_max(delay::DELAY_MAX),
         })
     }
 

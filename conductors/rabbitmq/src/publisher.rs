@@ -1,6 +1,6 @@
 //! Publishes: pipelined, confirmed, bounded.
 
-use std::{collections::HashMap, pin::pin, time::Duration};
+use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
 use atomizer::{
     Address, Envelope, Limits, Message, SendError,
@@ -20,6 +20,7 @@ use tokio::{
 use crate::{
     connect::plain,
     convert,
+    delay::Ladder,
     life::Life,
     topology::{Route, Topology},
 };
@@ -47,6 +48,7 @@ pub(crate) enum Via {
 pub(crate) struct Publisher {
     commands: mpsc::Sender<Command>,
     topology: Topology,
+    ladder: Arc<Ladder>,
     limits: Limits,
 }
 
@@ -59,6 +61,7 @@ struct Command {
 struct Publication {
     route: Route,
     to: Address,
+    delayed: bool,
     properties: BasicProperties,
     body: Bytes,
 }
@@ -68,19 +71,23 @@ impl Publisher {
     pub(crate) fn new(
         channel: Channel,
         topology: Topology,
+        ladder: Ladder,
         limits: Limits,
         life: Life,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (commands, wanted) = mpsc::channel(UNCONFIRMED_MAX);
         let publishing = publish_all(channel, wanted, EndWhenDropped(life));
-        (Self { commands, topology, limits }, publishing)
+        (Self { commands, topology, ladder: Arc::new(ladder), limits }, publishing)
     }
 
     /// Publishes, and waits until each is confirmed or not.
     ///
     /// Once handed over, the batch is published even when this future is dropped.
     pub(crate) async fn publish(&self, envelopes: &[Envelope], via: &Via) -> Results {
-        let batch = envelopes.iter().map(|envelope| self.prepare(envelope, via)).collect();
+        let mut batch = Vec::with_capacity(envelopes.len());
+        for envelope in envelopes {
+            batch.push(self.prepare(envelope, via).await);
+        }
         let (done, results) = oneshot::channel();
         let lost =
             || vec![Err(SendError::Unknown("the session ended".to_owned())); envelopes.len()];
@@ -90,8 +97,8 @@ impl Publisher {
         results.await.unwrap_or_else(|_| lost())
     }
 
-    fn prepare(&self, envelope: &Envelope, via: &Via) -> Result<Publication, SendError> {
-        let mut route = self.topology.route(&envelope.to)?;
+    async fn prepare(&self, envelope: &Envelope, via: &Via) -> Result<Publication, SendError> {
+        let mut route = self.route(envelope).await?;
         let mut wire = Wire::from(Message::clone(&envelope.message));
         let body = std::mem::take(&mut wire.body);
         if let Address::DeadLetter(_) = envelope.to {
@@ -110,7 +117,19 @@ impl Publisher {
             }
             Via::Back => properties = properties.with_app_id(convert::PARKED.into()),
         }
-        Ok(Publication { route, to: envelope.to.clone(), properties, body })
+        let (to, delayed) = (envelope.to.clone(), !envelope.delay.is_zero());
+        Ok(Publication { route, to, delayed, properties, body })
+    }
+
+    async fn route(&self, Envelope { to, delay, .. }: &Envelope) -> Result<Route, SendError> {
+        match to {
+            _ if delay.is_zero() => self.topology.route(to),
+            Address::Atom(atom) => {
+                self.ladder.make().await?;
+                Ok(self.topology.delayed(atom, *delay))
+            }
+            other => Err(SendError::Refused(format!("no delay can be kept for {other}"))),
+        }
     }
 }
 
@@ -170,6 +189,7 @@ struct Answered {
     at: usize,
     key: Key,
     to: Address,
+    delayed: bool,
     answer: Result<Confirmation, SendError>,
 }
 
@@ -251,8 +271,8 @@ impl UnderWay<'_> {
                 *self.returned.entry(Key::returned(message)).or_default() += 1;
             }
         }
-        for Answered { batch: number, at, key, to, answer } in all {
-            let result = self.decide(&key, &to, answer);
+        for Answered { batch: number, at, key, to, delayed, answer } in all {
+            let result = self.decide(&key, &to, delayed, answer);
             if let Some(batch) = self.batches.get_mut(&number) {
                 batch.results[at] = result;
                 batch.unanswered -= 1;
@@ -265,6 +285,7 @@ impl UnderWay<'_> {
         &mut self,
         key: &Key,
         to: &Address,
+        delayed: bool,
         answer: Result<Confirmation, SendError>,
     ) -> Result<(), SendError> {
         let confirmation = answer?;
@@ -273,9 +294,13 @@ impl UnderWay<'_> {
             if *count == 0 {
                 self.returned.remove(key);
             }
+            // The next session declares again what is missing.
             if let Address::DeadLetter(_) = to {
-                // The next session declares their queue again.
                 self.life.end("the queue of dead letters is gone".to_owned());
+            } else if delayed {
+                let reason = "a queue for delays is gone".to_owned();
+                self.life.end(reason.clone());
+                return Err(SendError::NotTaken(reason));
             }
             return Err(SendError::Unroutable(to.to_string()));
         }
@@ -306,8 +331,8 @@ async fn publish(
     batch: u64,
     at: usize,
 ) -> Answered {
-    let Publication { route: Route { exchange, key: routing_key }, to, properties, body } =
-        publication;
+    let Publication { route, to, delayed, properties, body } = publication;
+    let Route { exchange, key: routing_key } = route;
     let key = Key::new(exchange.as_str(), routing_key.as_str(), &properties);
     // Without `mandatory`, what cannot be routed is confirmed and gone.
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
@@ -330,5 +355,5 @@ async fn publish(
             }
         }
     };
-    Answered { batch, at, key, to, answer }
+    Answered { batch, at, key, to, delayed, answer }
 }

@@ -15,10 +15,12 @@ use std::{collections::BTreeMap, time::Duration};
 
 use atomizer::{Address, AtomId, ConductorId, Epoch, InvalidId, NodeId, SendError};
 use lapin::{
-    Channel, ExchangeKind,
+    Channel, Connection, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable, ShortString},
 };
+
+use crate::declare::{found, on_own_channel};
 
 /// How long an inbox outlives its node. In it lie the answers to a node that will not come back.
 const INBOX_EXPIRES: Duration = Duration::from_secs(30 * 60);
@@ -80,7 +82,12 @@ impl Topology {
     }
 
     fn dead_queue(&self) -> String {
-        format!("{}.{DEAD_KEY}", self.namespace)
+        self.name(DEAD_KEY)
+    }
+
+    /// The name of something of the whole namespace.
+    pub(crate) fn name(&self, what: &str) -> String {
+        format!("{}.{what}", self.namespace)
     }
 
     pub(crate) fn route(&self, to: &Address) -> Result<Route, SendError> {
@@ -108,7 +115,22 @@ impl Topology {
         channel
             .exchange_declare(self.exchange(), ExchangeKind::Direct, options, FieldTable::default())
             .await?;
-        self.declare_bound(channel, &self.dead_queue(), DEAD_KEY, quorum()).await
+        self.declare_bound(channel, &self.dead_queue(), DEAD_KEY, quorum()).await?;
+        self.declare_due(channel).await
+    }
+
+    /// Looks whether a node has an inbox.
+    pub(crate) async fn is_inbox_there(
+        &self,
+        connection: &Connection,
+        node: &NodeId,
+    ) -> lapin::Result<bool> {
+        let inbox = self.inbox_queue(node);
+        let look = async |channel: &Channel| {
+            let options = QueueDeclareOptions { passive: true, ..Default::default() };
+            channel.queue_declare(inbox.as_str().into(), options, FieldTable::default()).await
+        };
+        Ok(found(on_own_channel(connection, look).await)?.is_some())
     }
 
     /// Declares the inbox of a node.
@@ -133,7 +155,7 @@ impl Topology {
         channel
             .exchange_declare(name.into(), ExchangeKind::Fanout, options, FieldTable::default())
             .await?;
-        let mut lease = self.dead_lettering(None);
+        let mut lease = dead_lettering(&self.namespace, None);
         lease.insert("x-message-ttl".into(), milliseconds(LEASE_TTL));
         lease.insert("x-expires".into(), milliseconds(LEASE_EXPIRES));
         lease.insert("x-consumer-timeout".into(), milliseconds(LEASE_HELD_MAX));
@@ -146,22 +168,9 @@ impl Topology {
 
     /// Declares the queue of one atom.
     pub(crate) async fn declare_atom(&self, channel: &Channel, atom: &AtomId) -> lapin::Result<()> {
-        let arguments = self.dead_lettering(Some(DEAD_KEY));
-        self.declare_bound(channel, &self.atom_queue(atom), &atom_key(atom), arguments).await
-    }
-
-    /// A quorum queue that leads what it drops to our exchange: with this key, or each message with its own.
-    fn dead_lettering(&self, key: Option<&str>) -> BTreeMap<ShortString, AMQPValue> {
-        let mut arguments = quorum();
-        let text = |text: &str| AMQPValue::LongString(text.into());
-        arguments.insert("x-dead-letter-exchange".into(), text(&self.namespace));
-        if let Some(key) = key {
-            arguments.insert("x-dead-letter-routing-key".into(), text(key));
-        }
-        // Without these two the broker's dead-lettering may lose messages.
-        arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
-        arguments.insert("x-overflow".into(), text("reject-publish"));
-        arguments
+        let arguments = dead_lettering(&self.namespace, Some(DEAD_KEY));
+        self.declare_bound(channel, &self.atom_queue(atom), &atom_key(atom), arguments).await?;
+        self.bind_due(channel, atom).await
     }
 
     async fn declare_bound(
@@ -179,13 +188,13 @@ impl Topology {
     }
 }
 
-const DEAD_KEY: &str = "dead";
+pub(crate) const DEAD_KEY: &str = "dead";
 
-fn atom_key(atom: &AtomId) -> String {
+pub(crate) fn atom_key(atom: &AtomId) -> String {
     format!("atom.{atom}")
 }
 
-fn milliseconds(duration: Duration) -> AMQPValue {
+pub(crate) fn milliseconds(duration: Duration) -> AMQPValue {
     AMQPValue::LongLongInt(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
@@ -196,7 +205,24 @@ fn quorum() -> BTreeMap<ShortString, AMQPValue> {
     ])
 }
 
-async fn declare(
+/// A quorum queue that leads what it drops to an exchange: with this key, or each message with its own.
+pub(crate) fn dead_lettering(
+    exchange: &str,
+    key: Option<&str>,
+) -> BTreeMap<ShortString, AMQPValue> {
+    let mut arguments = quorum();
+    let text = |text: &str| AMQPValue::LongString(text.into());
+    arguments.insert("x-dead-letter-exchange".into(), text(exchange));
+    if let Some(key) = key {
+        arguments.insert("x-dead-letter-routing-key".into(), text(key));
+    }
+    // Without these two the broker's dead-lettering may lose messages.
+    arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
+    arguments.insert("x-overflow".into(), text("reject-publish"));
+    arguments
+}
+
+pub(crate) async fn declare(
     channel: &Channel,
     queue: &str,
     arguments: BTreeMap<ShortString, AMQPValue>,

@@ -15,7 +15,7 @@ use atomizer::{
 use atomizer_test_support::{Broker, Proxy};
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::support::{Double, blocking, rabbit, serve, soon, until, vhost};
+use crate::support::{Double, blocking, delete_queue, rabbit, serve, soon, until, vhost};
 
 /// Asks for the doubles of so many numbers at once.
 fn ask(asker: &Atomizer, numbers: std::ops::Range<u64>) -> JoinSet<Result<(u64, u64), CallError>> {
@@ -111,12 +111,7 @@ async fn a_deleted_queue_is_made_again_and_served() {
     let (asker, worker) = (asker(&vhost.url()).await, serve(&vhost.url()).await);
     all_answered(ask(&asker, 0..10)).await;
     let mut events = worker.events();
-    let deleted = Arc::clone(&vhost);
-    blocking(move || {
-        let path = format!("/api/queues/{}/atomizer.atom.double", deleted.name());
-        deleted.node().manage("DELETE", &path, None).unwrap();
-    })
-    .await;
+    delete_queue(&vhost, "atomizer.atom.double").await;
     until(&mut events, |kind| matches!(kind, EventKind::SubscriptionLost { .. })).await;
     all_answered(ask(&asker, 10..20)).await;
     asker.drain().await.unwrap();
@@ -130,12 +125,7 @@ async fn a_deleted_inbox_is_made_again() {
     let (asker, worker) = (asker(&vhost.url()).await, serve(&vhost.url()).await);
     all_answered(ask(&asker, 0..10)).await;
     let mut events = asker.events();
-    let (deleted, inbox) = (Arc::clone(&vhost), format!("atomizer.inbox.{}", asker.node()));
-    blocking(move || {
-        let path = format!("/api/queues/{}/{inbox}", deleted.name());
-        deleted.node().manage("DELETE", &path, None).unwrap();
-    })
-    .await;
+    delete_queue(&vhost, &format!("atomizer.inbox.{}", asker.node())).await;
     until(&mut events, |kind| matches!(kind, EventKind::SubscriptionLost { atom: None, .. })).await;
     until(&mut events, |kind| matches!(kind, EventKind::Subscribed { atom: None })).await;
     all_answered(ask(&asker, 10..20)).await;
@@ -158,12 +148,7 @@ async fn a_subscription_that_ends_behind_its_last_deliveries_says_so() {
     assert!(sent.iter().all(Result::is_ok), "{sent:?}");
     let first = soon(subscription.next(NonZeroUsize::MIN)).await.unwrap();
     let mut witness = session.subscribe(Source::Atom(atom.clone()), ten).await.unwrap();
-    let deleted = Arc::clone(&vhost);
-    blocking(move || {
-        let path = format!("/api/queues/{}/atomizer.atom.ending", deleted.name());
-        deleted.node().manage("DELETE", &path, None).unwrap();
-    })
-    .await;
+    delete_queue(&vhost, "atomizer.atom.ending").await;
     assert!(soon(witness.next(ten)).await.is_err(), "the broker tells all subscribers");
     // The end lies behind two deliveries that are here already. It must not be lost with them.
     let mut held = Vec::new();

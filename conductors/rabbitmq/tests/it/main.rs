@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics has failed")]
 
+mod answers;
+mod delays;
 mod faults;
 mod interop;
 mod open;

@@ -1,6 +1,6 @@
 //! What these tests share.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use atomizer::{AtomError, EventKind, EventStream, prelude::*};
 use atomizer_rabbitmq::RabbitMq;
@@ -14,6 +14,26 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 
 pub(crate) async fn vhost() -> Vhost {
     blocking(|| shared().expect("a broker").vhost().unwrap()).await
+}
+
+pub(crate) async fn delete_queue(vhost: &Arc<Vhost>, queue: &str) {
+    let path = format!("/api/queues/{}/{queue}", vhost.name());
+    let vhost = Arc::clone(vhost);
+    blocking(move || vhost.node().manage("DELETE", &path, None).unwrap()).await;
+}
+
+/// Waits until so many messages are in a queue, taken or not.
+pub(crate) async fn until_it_holds(vhost: &Arc<Vhost>, queue: &'static str, messages: u64) {
+    soon(async {
+        loop {
+            let vhost = Arc::clone(vhost);
+            let depth = blocking(move || vhost.queue_depth(queue).unwrap()).await;
+            if depth.is_some_and(|depth| depth.ready + depth.unacknowledged == messages) {
+                return;
+            }
+        }
+    })
+    .await;
 }
 
 pub(crate) fn rabbit(url: &str) -> RabbitMq {

@@ -1,0 +1,194 @@
+//! Delays on the broker's clock: a ladder of queues, one for each bit of a duration in milliseconds.
+//!
+//! What is to come later is published with its delay in binary before its routing key, one word a bit, most
+//! significant first, and walks down the ladder. At each rung the bit decides:
+//!
+//! ```text
+//!              ┌── 1 ──► queue <ns>.delay.k, for 2^k ms ──┐
+//!  <ns>.delay.k┤                                          ├─► <ns>.delay.k-1 ─► … ─► <ns>.due ─► its atom
+//!              └── 0 ──────────────────────────────────────┘
+//! ```
+//!
+//! All that is in one queue waits equally long, so nothing waits behind what comes later: a time-to-live of each
+//! message in one queue would, for the broker looks at the head only. A rung is passed once at the most, so the
+//! broker does not take the way for a cycle. The rungs are quorum queues that hand on at least once: what waits
+//! survives whatever the broker survives, and its time runs on meanwhile.
+//!
+//! Handing on at least once has a trap: what has nowhere to go stays, and a few dozens of it block a rung for
+//! all. So `<ns>.due` has an alternate exchange: what is due for an atom whose queue was deleted meanwhile goes to
+//! the dead letters.
+//!
+//! Weighed against it: *a queue for each duration*, which is one hop instead of one for each bit that is set, and
+//! needs as many queues as there are durations, each of which must not expire while it holds something; and *coarse
+//! rungs, with the rest waited out by whoever receives it*, which needs nodes that are there and have room.
+
+use std::{ops::RangeInclusive, time::Duration};
+
+use atomizer::{AtomId, SendError};
+use lapin::{
+    Channel, ExchangeKind,
+    options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions},
+    types::{AMQPValue, FieldTable},
+};
+use tokio::sync::OnceCell;
+
+use crate::{
+    declare::Declarer,
+    topology::{DEAD_KEY, Route, Topology, atom_key, dead_lettering, declare, milliseconds},
+};
+
+/// The longest delay.
+pub(crate) const DELAY_MAX: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// The rungs by the bit that they stand for: from 32 ms, which is the grain of all delays, to 24.8 days.
+const RUNGS: RangeInclusive<u32> = 5..=31;
+
+impl Topology {
+    fn rung(&self, bit: u32) -> String {
+        self.name(&format!("delay.{bit}"))
+    }
+
+    fn due(&self) -> String {
+        self.name("due")
+    }
+
+    fn lost(&self) -> String {
+        self.name("lost")
+    }
+
+    /// Where what passes a rung goes next.
+    fn below(&self, bit: u32) -> String {
+        if bit == *RUNGS.start() { self.due() } else { self.rung(bit - 1) }
+    }
+
+    /// Where to publish what an atom is to receive after `delay`, never earlier: rounded up to the grain, and at
+    /// most what the ladder can say.
+    pub(crate) fn delayed(&self, atom: &AtomId, delay: Duration) -> Route {
+        let grain = 1_u128 << RUNGS.start();
+        let grains = delay.as_nanos().div_ceil(grain * 1_000_000).max(1);
+        let wait = u32::try_from(grains * grain).unwrap_or(u32::MAX);
+        let bits = RUNGS.rev().map(|bit| if wait >> bit & 1 == 1 { "1." } else { "0." });
+        let key = bits.collect::<String>() + &atom_key(atom);
+        // The rungs above the first bit that is set have nothing to say.
+        Route { exchange: self.rung(wait.ilog2()).into(), key: key.into() }
+    }
+
+    /// Declares where what was delayed comes out.
+    pub(crate) async fn declare_due(&self, channel: &Channel) -> lapin::Result<()> {
+        exchange(channel, &self.lost(), ExchangeKind::Fanout, FieldTable::default()).await?;
+        bind_queue(channel, &self.name(DEAD_KEY), &self.lost(), "").await?;
+        let mut otherwise = FieldTable::default();
+        otherwise.insert("alternate-exchange".into(), AMQPValue::LongString(self.lost().into()));
+        exchange(channel, &self.due(), ExchangeKind::Topic, otherwise).await
+    }
+
+    /// Leads what is due for an atom to its queue.
+    pub(crate) async fn bind_due(&self, channel: &Channel, atom: &AtomId) -> lapin::Result<()> {
+        let key = "*.".repeat(RUNGS.count()) + &atom_key(atom);
+        bind_queue(channel, &self.atom_queue(atom), &self.due(), &key).await
+    }
+
+    /// Declares one rung, above those that are there.
+    async fn declare_rung(&self, channel: &Channel, bit: u32) -> lapin::Result<()> {
+        let (rung, below) = (self.rung(bit), self.below(bit));
+        let mut waiting = dead_lettering(&below, None);
+        waiting.insert("x-message-ttl".into(), milliseconds(Duration::from_millis(1 << bit)));
+        declare(channel, &rung, waiting).await?;
+        exchange(channel, &rung, ExchangeKind::Topic, FieldTable::default()).await?;
+        let position = "*.".repeat((RUNGS.end() - bit) as usize);
+        bind_queue(channel, &rung, &rung, &format!("{position}1.#")).await?;
+        let (none, options) = (FieldTable::default(), ExchangeBindOptions::default());
+        let pass = format!("{position}0.#");
+        channel.exchange_bind(below.into(), rung.into(), pass.into(), options, none).await
+    }
+}
+
+/// The ladder as one session has it: made when the first delay is asked for.
+#[derive(Debug)]
+pub(crate) struct Ladder {
+    topology: Topology,
+    declarer: Declarer,
+    made: OnceCell<()>,
+}
+
+impl Ladder {
+    pub(crate) fn new(topology: Topology, declarer: Declarer) -> Self {
+        Self { topology, declarer, made: OnceCell::new() }
+    }
+
+    /// Makes sure that the ladder is there. A session asks the broker once.
+    ///
+    /// # Errors
+    /// As those of a declaration. The next call goes on where this one failed, and so it does when this one is
+    /// dropped.
+    pub(crate) async fn make(&self) -> Result<(), SendError> {
+        let making = async || {
+            // From the bottom: whatever is on the ladder has somewhere to go.
+            for bit in RUNGS {
+                let declare =
+                    async |channel: &Channel| self.topology.declare_rung(channel, bit).await;
+                self.declarer.declare(&self.topology.rung(bit), declare).await?;
+            }
+            Ok(())
+        };
+        self.made.get_or_try_init(making).await.copied()
+    }
+}
+
+async fn exchange(
+    channel: &Channel,
+    name: &str,
+    kind: ExchangeKind,
+    arguments: FieldTable,
+) -> lapin::Result<()> {
+    let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    channel.exchange_declare(name.into(), kind, options, arguments).await
+}
+
+async fn bind_queue(
+    channel: &Channel,
+    queue: &str,
+    exchange: &str,
+    key: &str,
+) -> lapin::Result<()> {
+    let options = QueueBindOptions::default();
+    channel
+        .queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default())
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ATOM: AtomId = AtomId::from_static("mail.send");
+
+    /// How long the ladder keeps what is published there, in milliseconds.
+    fn waits(delay: Duration) -> u64 {
+        let route = Topology::new("ns").delayed(&ATOM, delay);
+        let bits = route.key.as_str().strip_suffix(".atom.mail.send").unwrap();
+        let bits = bits.split('.').zip(RUNGS.rev());
+        let set: Vec<u32> = bits.filter(|(bit, _)| *bit == "1").map(|(_, rung)| rung).collect();
+        assert_eq!(route.exchange.as_str(), format!("ns.delay.{}", set[0]));
+        set.into_iter().map(|bit| 1 << bit).sum()
+    }
+
+    #[test]
+    fn a_delay_is_rounded_up_to_the_grain() {
+        let milliseconds = Duration::from_millis;
+        for (delay, expected) in [(0, 32), (1, 32), (32, 32), (33, 64), (50, 64), (90_000, 90_016)]
+        {
+            assert_eq!(waits(milliseconds(delay)), expected, "{delay} ms");
+        }
+        assert_eq!(waits(milliseconds(64) + Duration::from_nanos(1)), 96);
+        assert_eq!(waits(DELAY_MAX), 2_592_000_000);
+        assert_eq!(waits(Duration::MAX), u64::from(u32::MAX) - 31);
+    }
+
+    #[test]
+    fn the_longest_names_fit_in_a_routing_key() {
+        let atom = AtomId::try_new("a".repeat(128)).unwrap();
+        let route = Topology::new("ns").delayed(&atom, DELAY_MAX);
+        assert!(route.key.as_str().len() <= 255);
+    }
+}
