@@ -197,7 +197,8 @@ impl Lease {
     }
 }
 
-/// A copy that is waited for. When this is dropped, the copy is given back as soon as it arrives.
+/// A copy that is waited for. Whoever drops this before it has arrived leaves it to the broker to give back,
+/// which may take the broker minutes: its dead lettering is the last resort.
 pub(crate) struct Expected {
     lease: Arc<Lease>,
     mark: String,
@@ -299,7 +300,7 @@ impl Receiver {
         };
         // In this order: whoever has the ticket may settle it at once.
         self.id.lanes.command(self.id.number, Command::Hold { tag, parked });
-        // When nobody waits any more, the ticket is dropped, and so gives it back.
+        // An error says that it came too late, as its time was up: the ticket is dropped, and so gives it back.
         drop(arrived.send(self.id.ticket(tag)));
     }
 }

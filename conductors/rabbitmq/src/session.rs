@@ -426,13 +426,21 @@ impl Session for RabbitSession {
         let emit = vec![copy];
         let settle = |tag, done| Command::Settle { tag, emit, via, done };
         let settled = match self.hand_over(ticket, settle) {
-            Ok(settled) => settled.await.unwrap_or_else(|_| Err(channel_ended())),
-            Err(error) => Err(error),
+            Ok(settled) => settled,
+            Err(error) => return Err(expected.failed(error)),
         };
-        match settled {
-            Ok(()) => expected.arrival().await,
-            Err(error) => Err(expected.failed(error)),
-        }
+        let (parked, result) = oneshot::channel();
+        // It goes on when this future is dropped: a copy that is under way must be met where it arrives.
+        self.spawn(async move {
+            let settled = settled.await.unwrap_or_else(|_| Err(channel_ended()));
+            let result = match settled {
+                Ok(()) => expected.arrival().await,
+                Err(error) => Err(expected.failed(error)),
+            };
+            // When nobody waits any more, the ticket in it is dropped, and so gives the electron back.
+            drop(parked.send(result));
+        });
+        result.await.unwrap_or_else(|_| Err(channel_ended()))
     }
 
     async fn census(&self, atom: &AtomId) -> Result<Census, SessionError> {

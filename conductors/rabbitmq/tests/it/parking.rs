@@ -7,7 +7,7 @@ use atomizer::{
     Session, SettleError, Source, Subscription, Ticket,
 };
 use atomizer_test_support::{Depth, Permissions, Proxy, Vhost, shared};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::support::{blocking, rabbit, soon, vhost};
@@ -190,6 +190,57 @@ async fn who_may_not_declare_a_lease_queue_keeps_the_ticket() {
     blocking(move || {
         vhost.node().delete_user("worker").unwrap();
         drop(vhost);
+    })
+    .await;
+}
+
+/// Takes what waits in the queue: the application id of each message, by which a copy is known that the broker
+/// itself led back from the lease queue.
+fn application_ids(vhost: &Vhost) -> Vec<String> {
+    let path = format!("/api/queues/{}/{QUEUE}/get", vhost.name());
+    let get = json!({ "count": 100, "ackmode": "ack_requeue_false", "encoding": "auto" });
+    let messages = vhost.node().manage("POST", &path, Some(&get)).unwrap();
+    let id = |message: &Value| message["properties"]["app_id"].as_str().unwrap_or("").to_owned();
+    messages.as_array().unwrap().iter().map(id).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_parking_is_given_back_by_the_session_itself() {
+    let vhost = Arc::new(vhost().await);
+    let session = open(&vhost.url()).await;
+    let mut copies = 0;
+    for polls in (0..16).map(|power| 1 << power) {
+        let mut taker = take(&*session, 1).await;
+        send(&*session).await;
+        let (electron, delivery) = next(&mut taker).await;
+        taker.stop().await;
+        tokio::select! {
+            biased;
+            parked = session.park(delivery.ticket, Arc::new(electron)) => drop(parked.unwrap()),
+            () = async { for _ in 0..polls { tokio::task::yield_now().await; } } => {}
+        }
+        let back = async {
+            loop {
+                let looking = Arc::clone(&vhost);
+                let ids = blocking(move || application_ids(&looking)).await;
+                if !ids.is_empty() {
+                    return ids;
+                }
+            }
+        };
+        let ids = soon(back).await;
+        let by_us = |id: &String| ["", "atomizer-parked"].contains(&id.as_str());
+        assert!(ids.len() == 1 && by_us(&ids[0]), "not with the mark of its copy: {ids:?}");
+        copies += usize::from(!ids[0].is_empty());
+    }
+    assert!(copies > 0, "some were dropped when the copy was under way");
+    session.close().await;
+    blocking(move || {
+        assert_eq!(
+            leases(&vhost),
+            (Vec::new(), Vec::new()),
+            "nothing is left that is not known of"
+        );
     })
     .await;
 }
