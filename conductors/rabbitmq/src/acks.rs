@@ -1,6 +1,12 @@
 //! Which deliveries of one channel to acknowledge, and how: in groups where that is right.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 /// The delivery tags of one channel: they count up from 1 (AMQP 0-9-1, `basic.deliver`).
 ///
@@ -13,6 +19,8 @@ pub(crate) struct Acks {
     gone: BTreeMap<u64, u64>,
     /// Those of them that the broker has not been told of.
     untold: BTreeSet<u64>,
+    /// How many are gone.
+    count: Arc<AtomicU64>,
 }
 
 /// One `basic.ack`.
@@ -23,6 +31,11 @@ pub(crate) struct Ack {
 }
 
 impl Acks {
+    /// Makes one that counts what is gone where others can see it.
+    pub(crate) fn counting(count: Arc<AtomicU64>) -> Self {
+        Self { count, ..Self::default() }
+    }
+
     /// Notes that a delivery is to be acknowledged.
     pub(crate) fn acknowledge(&mut self, tag: u64) {
         self.returned(tag);
@@ -31,6 +44,7 @@ impl Acks {
 
     /// Notes that a delivery went back to the broker by other means.
     pub(crate) fn returned(&mut self, tag: u64) {
+        self.count.fetch_add(1, Ordering::Relaxed);
         let last = self.gone.remove(&(tag + 1)).unwrap_or(tag);
         match self.gone.range_mut(..tag).next_back() {
             Some((_, before)) if *before + 1 == tag => *before = last,

@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     num::NonZeroUsize,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,6 +34,7 @@ use crate::{
     lease::{Held, Parked},
     life::{Life, REQUEST_TIMEOUT},
     publisher::{Publisher, Via},
+    watchdog::Watchdog,
 };
 
 /// How long cancelling a consumer may take.
@@ -124,6 +128,8 @@ pub(crate) struct Settler {
     pub(crate) id: LaneId,
     pub(crate) channel: Channel,
     pub(crate) prefetch: u16,
+    /// How many deliveries are settled or given back.
+    pub(crate) gone: Arc<AtomicU64>,
     pub(crate) publisher: Publisher,
     pub(crate) life: Life,
     /// Dropped when it ends, which ends the subscription.
@@ -159,7 +165,8 @@ impl Work {
 
 impl Settler {
     pub(crate) async fn run(mut self) {
-        let mut work = Work::default();
+        let acks = Acks::counting(Arc::clone(&self.gone));
+        let mut work = Work { acks, ..Work::default() };
         let mut commands = Vec::new();
         loop {
             tokio::select! {
@@ -326,10 +333,27 @@ async fn publish(
     (tag, failed.collect(), done)
 }
 
+/// What of its window a consumer uses.
+pub(crate) struct Window {
+    pub(crate) prefetch: u16,
+    /// The last tag, and so the number of all deliveries: tags count up from 1.
+    pub(crate) delivered: u64,
+    pub(crate) gone: Arc<AtomicU64>,
+}
+
+impl Window {
+    fn has_room(&self) -> bool {
+        let gone = self.gone.load(Ordering::Relaxed);
+        self.delivered.saturating_sub(gone) < u64::from(self.prefetch)
+    }
+}
+
 /// A consumer, seen by who takes from it.
 pub(crate) struct LaneSubscription {
     /// Whether what was sent before it may be lost.
     pub(crate) missed: bool,
+    pub(crate) window: Window,
+    pub(crate) watchdog: Watchdog,
     pub(crate) id: LaneId,
     pub(crate) channel: Channel,
     pub(crate) consumer: Consumer,
@@ -358,7 +382,8 @@ impl LaneSubscription {
         error
     }
 
-    fn delivery(&self, delivery: lapin::message::Delivery) -> Delivery {
+    fn delivery(&mut self, delivery: lapin::message::Delivery) -> Delivery {
+        self.window.delivered = delivery.delivery_tag;
         let ticket = self.id.ticket(delivery.delivery_tag);
         let (wire, redeliveries) =
             convert::wire(&delivery.properties, delivery.redelivered, delivery.data);
@@ -372,8 +397,10 @@ impl Subscription for LaneSubscription {
         if let Some(error) = self.ended.take() {
             return Err(self.lost(error));
         }
+        let window = &self.window;
         // One of the two connections may be well when the session has ended.
         let first = tokio::select! {
+            biased;
             first = self.consumer.next() => match first {
                 Some(Ok(delivery)) => self.delivery(delivery),
                 ended => return Err(self.lost(why(ended))),
@@ -382,7 +409,9 @@ impl Subscription for LaneSubscription {
                 return Err(self.lost(SessionError::lost("the channel takes no acknowledgements")));
             }
             error = self.life.ended() => return Err(self.lost(error)),
+            error = self.watchdog.bite(|| window.has_room()) => return Err(self.lost(error)),
         };
+        self.watchdog.feed();
         let mut deliveries = vec![first];
         while deliveries.len() < max.get() {
             match self.consumer.next().now_or_never() {

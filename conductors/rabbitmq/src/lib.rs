@@ -55,8 +55,9 @@ mod life;
 mod publisher;
 mod session;
 mod topology;
+mod watchdog;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Session};
@@ -64,7 +65,8 @@ use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Ses
 pub use connect::UrlError;
 
 use connect::Address;
-use session::RabbitSession;
+use publisher::Moves;
+use session::{Options, RabbitSession};
 use topology::Topology;
 
 /// A RabbitMQ broker to carry electrons.
@@ -73,7 +75,7 @@ pub struct RabbitMq {
     id: ConductorId,
     address: Address,
     topology: Topology,
-    limits: Limits,
+    options: Options,
 }
 
 impl RabbitMq {
@@ -92,7 +94,11 @@ impl RabbitMq {
             id: ConductorId::from_static("rabbitmq"),
             address: Address::parse(url)?,
             topology: Topology::new("atomizer"),
-            limits: Limits::new(Self::PAYLOAD_BYTES_MAX).delay_max(delay::DELAY_MAX),
+            options: Options {
+                limits: Limits::new(Self::PAYLOAD_BYTES_MAX).delay_max(delay::DELAY_MAX),
+                watchdog: watchdog::PERIOD_DEFAULT,
+                moves: Moves::default(),
+            },
         })
     }
 
@@ -108,7 +114,18 @@ impl RabbitMq {
     /// Sets the longest payload, in bytes; at most the broker's `max_message_size`.
     #[must_use]
     pub fn payload_bytes_max(mut self, bytes: usize) -> Self {
-        self.limits.payload_bytes_max = bytes;
+        self.options.limits.payload_bytes_max = bytes;
+        self
+    }
+
+    /// Sets how long a subscription that has room may be brought nothing before the broker is asked whether there
+    /// is something; 10 s by default.
+    ///
+    /// When there is, twice in a row, the subscription is made anew: the worker does not look alive and consume
+    /// nothing. It costs the broker one request for each idle subscription and period.
+    #[must_use]
+    pub fn watchdog(mut self, period: Duration) -> Self {
+        self.options.watchdog = period;
         self
     }
 }
@@ -134,7 +151,8 @@ impl Conductor for RabbitMq {
     }
 
     async fn open(&self, node: &NodeId) -> Result<Arc<dyn Session>, OpenError> {
-        let session = RabbitSession::open(&self.address, &self.topology, self.limits, node).await?;
+        let session =
+            RabbitSession::open(&self.address, &self.topology, &self.options, node).await?;
         Ok(Arc::new(session))
     }
 }

@@ -1,6 +1,11 @@
 //! Publishes: pipelined, confirmed, bounded.
 
-use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use atomizer::{
     Address, Envelope, Limits, Message, SendError,
@@ -14,7 +19,7 @@ use lapin::{
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use crate::{
@@ -22,6 +27,7 @@ use crate::{
     convert,
     delay::Ladder,
     life::Life,
+    session::Options,
     topology::{Route, Topology},
 };
 
@@ -41,6 +47,31 @@ pub(crate) enum Via {
     Lease { exchange: ShortString, mark: ShortString },
     /// It was parked, and goes where its address says: it was delivered before.
     Back,
+}
+
+/// How many messages the broker may decline in a row before the next session is tried, on another node if there
+/// is one: for ten seconds and more after the leader of a queue was killed, a node may decline everything that is
+/// for it (seen with 3.10.8).
+const DECLINED_MAX: u32 = 20;
+/// How long a session is kept at the least before it is given up for that. A queue that is full declines too, and
+/// no other session would do better.
+const KEPT_AT_LEAST: Duration = Duration::from_secs(30);
+
+/// When sessions were last given up because the broker declined what they published; shared by all sessions of a
+/// conductor.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Moves(Arc<Mutex<Option<Instant>>>);
+
+impl Moves {
+    /// Notes a move; false when it is too early for one.
+    fn begin(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = last.is_none_or(|last| last.elapsed() >= KEPT_AT_LEAST);
+        if may {
+            *last = Some(Instant::now());
+        }
+        may
+    }
 }
 
 /// A handle to the task that owns the publishing channel.
@@ -72,11 +103,12 @@ impl Publisher {
         channel: Channel,
         topology: Topology,
         ladder: Ladder,
-        limits: Limits,
+        options: &Options,
         life: Life,
-    ) -> (Self, impl Future<Output = ()> + Send) {
+    ) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let (commands, wanted) = mpsc::channel(UNCONFIRMED_MAX);
-        let publishing = publish_all(channel, wanted, EndWhenDropped(life));
+        let publishing = publish_all(channel, wanted, EndWhenDropped(life), options.moves.clone());
+        let limits = options.limits;
         (Self { commands, topology, ladder: Arc::new(ladder), limits }, publishing)
     }
 
@@ -204,6 +236,9 @@ struct Batch {
 struct UnderWay<'a> {
     channel: &'a Channel,
     life: &'a Life,
+    moves: Moves,
+    /// How many were declined since one was taken.
+    declined: u32,
     publishes: FuturesUnordered<BoxFuture<'a, Answered>>,
     batches: HashMap<u64, Batch>,
     next_batch: u64,
@@ -216,10 +251,17 @@ struct UnderWay<'a> {
 }
 
 /// Keeps as many publishes under way as there are: a client that awaits each in turn spends its time waiting.
-async fn publish_all(channel: Channel, mut wanted: mpsc::Receiver<Command>, life: EndWhenDropped) {
+async fn publish_all(
+    channel: Channel,
+    mut wanted: mpsc::Receiver<Command>,
+    life: EndWhenDropped,
+    moves: Moves,
+) {
     let mut under_way = UnderWay {
         channel: &channel,
         life: &life.0,
+        moves,
+        declined: 0,
         publishes: FuturesUnordered::new(),
         batches: HashMap::new(),
         next_batch: 0,
@@ -305,8 +347,18 @@ impl UnderWay<'_> {
             return Err(SendError::Unroutable(to.to_string()));
         }
         match confirmation {
-            Confirmation::Ack(_) => Ok(()),
-            Confirmation::Nack(_) => Err(SendError::NotTaken("the broker declined".to_owned())),
+            Confirmation::Ack(_) => {
+                self.declined = 0;
+                Ok(())
+            }
+            Confirmation::Nack(_) => {
+                self.declined += 1;
+                if self.declined >= DECLINED_MAX && self.moves.begin() {
+                    let reason = format!("the broker declined {DECLINED_MAX} messages in a row");
+                    self.life.end(reason);
+                }
+                Err(SendError::NotTaken("the broker declined".to_owned()))
+            }
             Confirmation::NotRequested => {
                 Err(SendError::Unknown("the channel does not confirm".to_owned()))
             }

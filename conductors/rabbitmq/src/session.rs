@@ -6,8 +6,9 @@ use std::{
     num::NonZeroUsize,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -34,19 +35,29 @@ use crate::{
     connect::{Address, Connected},
     declare::{Declarer, found, on_own_channel},
     delay::Ladder,
-    lane::{Command, LaneId, LaneSubscription, Lanes, Settler},
+    lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
-    publisher::{Publisher, Via},
+    publisher::{Moves, Publisher, Via},
     topology::Topology,
+    watchdog::Watchdog,
 };
+
+/// What all sessions of a conductor are to be like.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) limits: Limits,
+    /// How long a consumer may be brought nothing before the broker is asked.
+    pub(crate) watchdog: Duration,
+    pub(crate) moves: Moves,
+}
 
 /// Two connections: a broker that is short of memory or disk stops reading from those that publish, and
 /// acknowledgements must get through all the same.
 pub(crate) struct RabbitSession {
     node: NodeId,
     topology: Topology,
-    limits: Limits,
+    options: Options,
     epoch: Epoch,
     publishing: Arc<Connection>,
     consuming: Arc<Connection>,
@@ -68,7 +79,7 @@ impl RabbitSession {
     pub(crate) async fn open(
         address: &Address,
         topology: &Topology,
-        limits: Limits,
+        options: &Options,
         node: &NodeId,
     ) -> Result<Self, OpenError> {
         let publishing = address.connect(node, "publishes").await?;
@@ -96,12 +107,12 @@ impl RabbitSession {
         let declarer = Declarer { connection: Arc::clone(&consuming), life: life.clone() };
         let ladder = Ladder::new(topology.clone(), declarer.clone());
         let (publisher, publish) =
-            Publisher::new(channel, topology.clone(), ladder, limits, life.clone());
+            Publisher::new(channel, topology.clone(), ladder, options, life.clone());
         tasks.spawn(publish);
         Ok(Self {
             node: node.clone(),
             topology: topology.clone(),
-            limits,
+            options: options.clone(),
             epoch: Epoch::unique(),
             publishing,
             consuming,
@@ -199,6 +210,7 @@ impl RabbitSession {
         &self,
         channel: &Channel,
         prefetch: u16,
+        gone: Arc<AtomicU64>,
         parked: Option<Held>,
     ) -> (LaneId, oneshot::Receiver<()>) {
         #[expect(clippy::disallowed_methods, reason = "bounded by the deliveries that are out")]
@@ -210,6 +222,7 @@ impl RabbitSession {
             id: id.clone(),
             channel: channel.clone(),
             prefetch,
+            gone,
             publisher: self.publisher.clone(),
             life: self.life.clone(),
             _alive: alive,
@@ -272,7 +285,8 @@ impl RabbitSession {
         let consuming = self.consume(&name, PARKED_MAX).await;
         let (channel, consumer) =
             consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
-        let (id, settler_gone) = self.add_lane(&channel, PARKED_MAX, Some(Held::default()));
+        let (id, settler_gone) =
+            self.add_lane(&channel, PARKED_MAX, Arc::default(), Some(Held::default()));
         let lease = Lease::new(Arc::clone(&self.leases), &name, id.number);
         let (receiving, life) = (Arc::clone(&lease), self.life.clone());
         let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
@@ -320,7 +334,7 @@ fn channel_ended() -> SettleError {
 #[async_trait]
 impl Session for RabbitSession {
     fn limits(&self) -> Limits {
-        self.limits
+        self.options.limits
     }
 
     fn reply_to(&self) -> ReplyTo {
@@ -355,9 +369,11 @@ impl Session for RabbitSession {
         };
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
         let (channel, consumer) = self.consume(&queue, prefetch).await?;
-        let (id, settler_gone) = self.add_lane(&channel, prefetch, None);
+        let gone = Arc::<AtomicU64>::default();
+        let (id, settler_gone) = self.add_lane(&channel, prefetch, Arc::clone(&gone), None);
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
+        let consuming = Arc::clone(&self.consuming);
         let missed = atom.is_none() && self.inbox_is_new.swap(false, Ordering::Relaxed);
         Ok(Box::new(LaneSubscription {
             id,
@@ -367,6 +383,8 @@ impl Session for RabbitSession {
             life,
             settler_gone,
             missed,
+            window: Window { prefetch, delivered: 0, gone },
+            watchdog: Watchdog::new(queue, consuming, self.life.clone(), self.options.watchdog),
             ended: None,
         }))
     }

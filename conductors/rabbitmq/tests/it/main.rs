@@ -9,5 +9,6 @@ mod interop;
 mod open;
 mod parking;
 mod publishing;
+mod silent;
 mod support;
 mod topology;
