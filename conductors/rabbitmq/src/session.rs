@@ -31,7 +31,7 @@ use tokio::{
 };
 
 use crate::{
-    connect::{Address, Connected},
+    connect::{Address, Connected, Patience},
     declare::{Declarer, found, on_own_channel},
     delay::Ladder,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler},
@@ -70,9 +70,10 @@ impl RabbitSession {
         topology: &Topology,
         limits: Limits,
         node: &NodeId,
+        patience: Patience,
     ) -> Result<Self, OpenError> {
-        let publishing = address.connect(node, "publishes").await?;
-        let consuming = address.connect(node, "consumes").await?;
+        let connect = |role| address.connect(node, role, patience.connect);
+        let (publishing, consuming) = tokio::try_join!(connect("publishes"), connect("consumes"))?;
         let setting_up = async {
             let inbox_is_new = !topology.is_inbox_there(&publishing.connection, node).await?;
             let channel = publishing.connection.create_channel().await?;
@@ -81,9 +82,9 @@ impl RabbitSession {
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok((channel, inbox_is_new))
         };
-        let (channel, inbox_is_new) = match timeout(REQUEST_TIMEOUT, setting_up).await {
+        let (channel, inbox_is_new) = match timeout(patience.set_up, setting_up).await {
             Ok(channel) => channel.map_err(|error| address.classify(&error))?,
-            Err(_) => return Err(OpenError::Unreachable(format!("{address}: no answer in time"))),
+            Err(_) => return Err(address.silent(patience.set_up)),
         };
         let life = Life::new();
         let mut tasks = JoinSet::new();
