@@ -1,18 +1,27 @@
 //! Where the broker is, how it is reached, and what its refusals mean.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    hash::{BuildHasher, Hasher, RandomState},
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use atomizer::{NodeId, OpenError};
 use futures::stream::{BoxStream, StreamExt};
 use lapin::{
     Connection, ConnectionProperties, Error, ErrorKind, Event,
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
-    uri::AMQPUri,
+    uri::{AMQPAuthority, AMQPUri},
 };
 use tokio::time::timeout;
 
-/// How long one connection may take to be made. DNS, TCP and the login are in it.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::{life::REQUEST_TIMEOUT, socket};
+
 /// In seconds; the broker gives up a silent client after twice this.
 const HEARTBEAT_DEFAULT_S: u16 = 10;
 
@@ -22,50 +31,119 @@ pub(crate) struct Connected {
     pub(crate) events: BoxStream<'static, Event>,
 }
 
-/// A broker's URL, with its secrets out of sight.
+/// How long opening may take at one address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Patience {
+    /// For connecting: DNS, TCP and the login are in it.
+    pub(crate) connect: Duration,
+    /// For making what is needed there.
+    pub(crate) set_up: Duration,
+}
+
+impl Patience {
+    const FULL: Self = Self { connect: Duration::from_secs(5), set_up: REQUEST_TIMEOUT };
+    /// While there are others to try: one that is silent must not cost a caller's whole time.
+    const SHORT: Self = Self { connect: Duration::from_secs(2), set_up: Duration::from_secs(5) };
+}
+
+/// All addresses of a broker. Clones share which one is next.
+#[derive(Clone)]
+pub(crate) struct Addresses {
+    all: Arc<[Address]>,
+    next: Arc<AtomicUsize>,
+    /// Nobody answered the last time, and one at least was silent.
+    slow: Arc<AtomicBool>,
+}
+
+impl Addresses {
+    pub(crate) fn parse(url: &str) -> Result<Self, UrlError> {
+        let all = parse(url).map_err(|reason| UrlError { url: redacted(url), reason })?;
+        // So that a fleet that starts together spreads. Each `RandomState` has keys of its own.
+        let first = RandomState::new().build_hasher().finish();
+        let next = Arc::new(AtomicUsize::new(usize::try_from(first >> 33).unwrap_or(0)));
+        Ok(Self { all: all.into(), next, slow: Arc::default() })
+    }
+
+    /// Runs through all addresses once, beginning after the one that was tried last.
+    pub(crate) fn round(&self) -> impl Iterator<Item = &Address> {
+        let first = self.next.load(Ordering::Relaxed);
+        (first..first + self.all.len()).map(|index| {
+            // Also who gives up half-way begins elsewhere the next time.
+            self.next.store(index + 1, Ordering::Relaxed);
+            &self.all[index % self.all.len()]
+        })
+    }
+
+    /// How long to try each. When all were given too little, the next round is patient.
+    pub(crate) fn patience(&self) -> Patience {
+        if self.all.len() == 1 || self.slow.load(Ordering::Relaxed) {
+            Patience::FULL
+        } else {
+            Patience::SHORT
+        }
+    }
+
+    pub(crate) fn answered(&self) {
+        self.slow.store(false, Ordering::Relaxed);
+    }
+
+    /// Says what it means that no address could be used, all tries together having taken so long. As long as
+    /// waiting may help with one, it may help.
+    pub(crate) fn none_answered(&self, errors: Vec<OpenError>, took: Duration) -> OpenError {
+        self.slow.store(took >= Patience::SHORT.connect, Ordering::Relaxed);
+        let mut outcome: Option<OpenError> = None;
+        for error in errors {
+            outcome = Some(match outcome {
+                Some(earlier) => both(earlier, error),
+                None => error,
+            });
+        }
+        outcome.unwrap_or_else(|| OpenError::Unreachable("there is no address".to_owned()))
+    }
+}
+
+/// Makes one error of two.
+fn both(one: OpenError, other: OpenError) -> OpenError {
+    use OpenError::{Misconfigured, Refused, Unreachable};
+    match (one, other) {
+        (Unreachable(one), Unreachable(other) | Refused(other) | Misconfigured(other))
+        | (Refused(one) | Misconfigured(one), Unreachable(other)) => {
+            Unreachable(one + "; " + &other)
+        }
+        (Refused(one), Refused(other) | Misconfigured(other))
+        | (Misconfigured(one), Refused(other)) => Refused(one + "; " + &other),
+        (Misconfigured(one), Misconfigured(other)) => Misconfigured(one + "; " + &other),
+        (_, other) => other,
+    }
+}
+
+/// One address of a broker, with its secrets out of sight.
 #[derive(Clone)]
 pub(crate) struct Address(AMQPUri);
 
 impl Address {
-    pub(crate) fn parse(url: &str) -> Result<Self, UrlError> {
-        let refuse = |reason: String| UrlError { url: redacted(url), reason };
-        let scheme = url.split_once("://").map(|(scheme, _)| scheme);
-        match scheme {
-            Some("amqp") => {}
-            Some("amqps") => return Err(refuse("TLS is not supported yet".to_owned())),
-            _ => return Err(refuse("it does not begin with amqp://".to_owned())),
-        }
-        // The parser's message may quote what it was given, and with it the password.
-        let mut uri = AMQPUri::from_str(url)
-            .map_err(|_| refuse(
-                "expected amqp://user:password@host:port/vhost; in user and password write / # @ as \
-                 %2F %23 %40"
-                    .to_owned(),
-            ))?;
-        uri.query.heartbeat.get_or_insert(HEARTBEAT_DEFAULT_S);
-        // By the letter of the AMQP URI specification a slash at the end names the virtual host "", which
-        // nobody has: it means the default one, as with most other clients.
-        if uri.vhost.is_empty() {
-            "/".clone_into(&mut uri.vhost);
-        }
-        Ok(Self(uri))
-    }
-
     /// Makes one connection.
-    pub(crate) async fn connect(&self, node: &NodeId, role: &str) -> Result<Connected, OpenError> {
+    pub(crate) async fn connect(
+        &self,
+        node: &NodeId,
+        role: &str,
+        limit: Duration,
+    ) -> Result<Connected, OpenError> {
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{node} {role}").into());
-        let connecting = Connection::connect_uri(self.0.clone(), properties);
-        match timeout(CONNECT_TIMEOUT, connecting).await {
+        match timeout(limit, socket::connect(self.0.clone(), properties, limit)).await {
             Ok(Ok(connection)) => {
                 let events = connection.events_listener().boxed();
                 Ok(Connected { connection, events })
             }
             Ok(Err(error)) => Err(self.classify(&error)),
-            Err(_) => {
-                Err(OpenError::Unreachable(format!("{self}: no answer within {CONNECT_TIMEOUT:?}")))
-            }
+            Err(_) => Err(self.silent(limit)),
         }
+    }
+
+    /// Says that there was no answer in time.
+    pub(crate) fn silent(&self, limit: Duration) -> OpenError {
+        OpenError::Unreachable(format!("{self}: no answer within {limit:?}"))
     }
 
     /// Says what an error while opening means for whoever waits.
@@ -101,11 +179,27 @@ pub(crate) fn plain(error: &Error) -> String {
     }
 }
 
+impl fmt::Display for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(Address(AMQPUri { vhost, .. })) = self.all.first() else { return Ok(()) };
+        write!(f, "amqp://")?;
+        for (index, address) in self.all.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{}", Host(&address.0))?;
+        }
+        write!(f, "/{}", shown(vhost))
+    }
+}
+
+impl fmt::Debug for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let AMQPUri { authority, vhost, .. } = &self.0;
-        let vhost = if vhost == "/" { "" } else { vhost };
-        write!(f, "amqp://{}:{}/{vhost}", authority.host, authority.port)
+        write!(f, "amqp://{}/{}", Host(&self.0), shown(&self.0.vhost))
     }
 }
 
@@ -113,6 +207,71 @@ impl fmt::Debug for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// Host and port, as in a URL.
+struct Host<'a>(&'a AMQPUri);
+
+impl fmt::Display for Host<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let AMQPAuthority { host, port, .. } = &self.0.authority;
+        if host.contains(':') { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
+    }
+}
+
+fn shown(vhost: &str) -> &str {
+    if vhost == "/" { "" } else { vhost }
+}
+
+const EXPECTED: &str = "expected amqp://user:password@host:port,host:port/vhost; in user and password write / # @ as \
+    %2F %23 %40";
+
+/// Reads a URL with any number of hosts into a URL for each. An error says why not, without quoting anything
+/// of it.
+fn parse(url: &str) -> Result<Vec<Address>, String> {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    match scheme {
+        "amqp" => {}
+        "amqps" => return Err("TLS is not supported yet".to_owned()),
+        _ => return Err("it does not begin with amqp://".to_owned()),
+    }
+    let (authority, tail) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    // What looks like a virtual host may be half of a password.
+    if tail.contains(['@', '#']) {
+        return Err(EXPECTED.to_owned());
+    }
+    let (user, hosts) = match authority.rsplit_once('@') {
+        Some((user, hosts)) => (format!("{user}@"), hosts),
+        None => (String::new(), authority),
+    };
+    let several = hosts.contains(',');
+    hosts
+        .split(',')
+        .map(|host| {
+            if several && host.is_empty() {
+                return Err("there is an empty host among several".to_owned());
+            }
+            parse_one(&user, host, tail)
+        })
+        .collect()
+}
+
+fn parse_one(user: &str, host: &str, tail: &str) -> Result<Address, String> {
+    // The URL parser knows addresses of version 6 by their brackets; lapin's takes them for no host at all.
+    let literal = host.strip_prefix('[').and_then(|host| host.split_once(']'));
+    let mut uri = AMQPUri::from_str(&format!("amqp://{user}{host}{tail}"))
+        // The parser's message may quote what it was given, and with it the password.
+        .map_err(|_| EXPECTED.to_owned())?;
+    if let Some((literal, _)) = literal {
+        literal.clone_into(&mut uri.authority.host);
+    }
+    uri.query.heartbeat.get_or_insert(HEARTBEAT_DEFAULT_S);
+    // By the letter of the AMQP URI specification a slash at the end names the virtual host "", which
+    // nobody has: it means the default one, as with most other clients.
+    if uri.vhost.is_empty() {
+        "/".clone_into(&mut uri.vhost);
+    }
+    Ok(Address(uri))
 }
 
 /// Says what is wrong with a URL; user and password are left out.
@@ -141,12 +300,22 @@ fn redacted(url: &str) -> String {
 mod tests {
     use super::*;
 
+    fn one(url: &str) -> AMQPUri {
+        let addresses = Addresses::parse(url).unwrap();
+        assert_eq!(addresses.all.len(), 1, "{url}");
+        addresses.all[0].0.clone()
+    }
+
+    fn round(addresses: &Addresses) -> Vec<String> {
+        addresses.round().map(ToString::to_string).collect()
+    }
+
     #[test]
     fn a_url_shows_neither_user_nor_password() {
-        let address = Address::parse("amqp://alice:s3cret@broker:5673/jobs").unwrap();
+        let addresses = Addresses::parse("amqp://alice:s3cret@broker:5673/jobs").unwrap();
         assert_eq!(
-            format!("{address} {address:?}"),
-            "amqp://broker:5673/jobs amqp://broker:5673/jobs"
+            format!("{addresses} {addresses:?} {:?}", addresses.all),
+            "amqp://broker:5673/jobs amqp://broker:5673/jobs [amqp://broker:5673/jobs]"
         );
     }
 
@@ -158,9 +327,73 @@ mod tests {
             "amqp://guest:guest@broker:5672/",
             "amqp://broker/%2f",
         ] {
-            assert_eq!(Address::parse(url).unwrap().0.vhost, "/", "{url}");
+            assert_eq!(one(url).vhost, "/", "{url}");
         }
-        assert_eq!(Address::parse("amqp://broker/jobs").unwrap().0.vhost, "jobs");
+        assert_eq!(one("amqp://broker/jobs").vhost, "jobs");
+    }
+
+    #[test]
+    fn several_hosts_have_one_user_virtual_host_and_query() {
+        let url = "amqp://alice:a,b@one,two:5673,[::1],[fe80::2]:5674/jobs?heartbeat=3";
+        let addresses = Addresses::parse(url).unwrap();
+        assert_eq!(
+            addresses.to_string(),
+            "amqp://one:5672,two:5673,[::1]:5672,[fe80::2]:5674/jobs"
+        );
+        for Address(uri) in &*addresses.all {
+            assert_eq!(uri.authority.userinfo.password, "a,b");
+            assert_eq!((uri.vhost.as_str(), uri.query.heartbeat), ("jobs", Some(3)));
+        }
+        assert_eq!(addresses.all[2].0.authority.host, "::1");
+    }
+
+    #[test]
+    fn each_round_begins_after_the_address_that_was_tried_last() {
+        let addresses = Addresses::parse("amqp://a,b,c").unwrap();
+        let all = round(&addresses);
+        let mut sorted = all.clone();
+        sorted.sort();
+        assert_eq!(sorted, ["amqp://a:5672/", "amqp://b:5672/", "amqp://c:5672/"]);
+        let used = addresses.round().next().unwrap().to_string();
+        assert_eq!(used, all[0]);
+        // Clones go on together.
+        assert_eq!(round(&addresses.clone()), [&*all[1], &all[2], &all[0]]);
+    }
+
+    #[test]
+    fn fleets_spread_over_the_addresses() {
+        let first = |_| round(&Addresses::parse("amqp://a,b,c").unwrap())[0].clone();
+        let firsts: std::collections::HashSet<_> = (0..100).map(first).collect();
+        assert_eq!(firsts.len(), 3, "{firsts:?}");
+    }
+
+    #[test]
+    fn who_has_been_too_quick_for_all_is_patient_until_one_answers() {
+        let addresses = Addresses::parse("amqp://a,b").unwrap();
+        let unreachable = || vec![OpenError::Unreachable("silent".to_owned())];
+        assert_eq!(addresses.patience(), Patience::SHORT);
+        drop(addresses.none_answered(unreachable(), Duration::from_millis(1)));
+        assert_eq!(addresses.patience(), Patience::SHORT);
+        drop(addresses.none_answered(unreachable(), Duration::from_secs(2)));
+        assert_eq!(addresses.patience(), Patience::FULL);
+        addresses.answered();
+        assert_eq!(addresses.patience(), Patience::SHORT);
+        assert_eq!(Addresses::parse("amqp://a").unwrap().patience(), Patience::FULL);
+    }
+
+    #[test]
+    fn what_may_pass_at_one_address_may_pass() {
+        use OpenError::{Misconfigured, Refused, Unreachable};
+        let all = |errors: &[fn(String) -> OpenError]| {
+            let errors = errors.iter().zip(["x", "y", "z"]);
+            let errors = errors.map(|(error, reason)| error(reason.to_owned())).collect();
+            let addresses = Addresses::parse("amqp://a").unwrap();
+            addresses.none_answered(errors, Duration::ZERO).to_string()
+        };
+        assert_eq!(all(&[Refused, Unreachable, Misconfigured]), "unreachable: x; y; z");
+        assert_eq!(all(&[Misconfigured, Refused]), "refused: x; y");
+        assert_eq!(all(&[Misconfigured, Misconfigured]), "misconfigured: x; y");
+        assert_eq!(all(&[Unreachable]), "unreachable: x");
     }
 
     #[test]
@@ -176,8 +409,14 @@ mod tests {
             "amqps://alice:s3cret@broker",
             "amqp://alice:s3cret",
             "alice:s3cret",
+            "amqp://alice:s3cret@a,,b",
+            "amqp://alice:s3cret@a,b:port",
+            "amqp://alice:s3cret@[::1",
+            "amqp://alice:s3cret@::1",
+            "amqp://alice:5/s3cret@broker",
+            "amqp://alice:5#s3cret@broker",
         ] {
-            let error = Address::parse(url).expect_err(url).to_string();
+            let error = Addresses::parse(url).expect_err(url).to_string();
             assert!(!error.contains("s3cret"), "{error}");
             assert!(error.contains("is not a RabbitMQ URL"), "{error}");
         }

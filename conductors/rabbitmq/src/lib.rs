@@ -54,17 +54,22 @@ mod lease;
 mod life;
 mod publisher;
 mod session;
+mod socket;
 mod topology;
 mod watchdog;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Session};
 
 pub use connect::UrlError;
 
-use connect::Address;
+use connect::Addresses;
 use publisher::Moves;
 use session::{Options, RabbitSession};
 use topology::Topology;
@@ -73,7 +78,7 @@ use topology::Topology;
 #[derive(Clone)]
 pub struct RabbitMq {
     id: ConductorId,
-    address: Address,
+    addresses: Addresses,
     topology: Topology,
     options: Options,
 }
@@ -87,12 +92,17 @@ impl RabbitMq {
     /// What is left out is `guest`, `guest`, 5672 and the virtual host `/`. The query may have `heartbeat`
     /// in seconds; 10 by default.
     ///
+    /// The nodes of a cluster stand side by side, separated by commas: `amqp://user:password@a,b:5673,[::1]/vhost`.
+    /// User, password, virtual host and query are those of all. A session has one of them, at random the first
+    /// time; the next session begins with the one after it, and tries each once before there is a pause. One
+    /// that is silent is given up after 2 s (a single one after 5 s, and so are several when all were too slow).
+    ///
     /// # Errors
     /// [`UrlError`] when it is no such URL. The password is never part of an error.
     pub fn from_url(url: &str) -> Result<Self, UrlError> {
         Ok(Self {
             id: ConductorId::from_static("rabbitmq"),
-            address: Address::parse(url)?,
+            addresses: Addresses::parse(url)?,
             topology: Topology::new("atomizer"),
             options: Options {
                 limits: Limits::new(Self::PAYLOAD_BYTES_MAX).delay_max(delay::DELAY_MAX),
@@ -133,14 +143,14 @@ impl RabbitMq {
 impl fmt::Debug for RabbitMq {
     /// Writes the URL without user and password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "RabbitMq({})", self.address)
+        write!(f, "RabbitMq({})", self.addresses)
     }
 }
 
 impl fmt::Display for RabbitMq {
     /// Writes the URL without user and password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.address.fmt(f)
+        self.addresses.fmt(f)
     }
 }
 
@@ -151,8 +161,19 @@ impl Conductor for RabbitMq {
     }
 
     async fn open(&self, node: &NodeId) -> Result<Arc<dyn Session>, OpenError> {
-        let session =
-            RabbitSession::open(&self.address, &self.topology, &self.options, node).await?;
-        Ok(Arc::new(session))
+        let Self { addresses, topology, options, .. } = self;
+        let (patience, begun) = (addresses.patience(), Instant::now());
+        let mut errors = Vec::new();
+        for address in addresses.round() {
+            match RabbitSession::open(address, topology, options, node, patience).await {
+                Ok(session) => {
+                    addresses.answered();
+                    tracing::debug!(%address, "session opened");
+                    return Ok(Arc::new(session));
+                }
+                Err(error) => errors.push(error),
+            }
+        }
+        Err(addresses.none_answered(errors, begun.elapsed()))
     }
 }

@@ -14,7 +14,7 @@ use atomizer::{
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
-    BasicProperties, Channel, Confirmation, message::BasicReturnMessage,
+    BasicProperties, Channel, Confirmation, ErrorKind, message::BasicReturnMessage,
     options::BasicPublishOptions, types::ShortString,
 };
 use tokio::{
@@ -35,6 +35,9 @@ use crate::{
 const UNCONFIRMED_MAX: usize = 1024;
 /// How long a confirm may take before the session is given up, unless the broker says that it is blocked.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the reason may take that a channel is closed.
+const REASON_TIMEOUT: Duration = Duration::from_secs(1);
 
 type Results = Vec<Result<(), SendError>>;
 
@@ -57,15 +60,34 @@ const DECLINED_MAX: u32 = 20;
 /// no other session would do better.
 const KEPT_AT_LEAST: Duration = Duration::from_secs(30);
 
-/// When sessions were last given up because the broker declined what they published; shared by all sessions of a
+/// When a session was last given up because the broker declined what it published; shared by all sessions of a
 /// conductor.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Moves(Arc<Mutex<Option<Instant>>>);
 
-impl Moves {
-    /// Notes a move; false when it is too early for one.
-    fn begin(&self) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+/// How a session fares with what it publishes.
+#[derive(Debug)]
+struct Declines {
+    in_a_row: u32,
+    moves: Moves,
+}
+
+impl Declines {
+    fn new(moves: Moves) -> Self {
+        Self { in_a_row: 0, moves }
+    }
+
+    fn taken(&mut self) {
+        self.in_a_row = 0;
+    }
+
+    /// Notes that the broker declined one. True when the session is to be given up for it.
+    fn declined(&mut self) -> bool {
+        self.in_a_row += 1;
+        if self.in_a_row < DECLINED_MAX {
+            return false;
+        }
+        let mut last = self.moves.0.lock().unwrap_or_else(PoisonError::into_inner);
         let may = last.is_none_or(|last| last.elapsed() >= KEPT_AT_LEAST);
         if may {
             *last = Some(Instant::now());
@@ -236,9 +258,7 @@ struct Batch {
 struct UnderWay<'a> {
     channel: &'a Channel,
     life: &'a Life,
-    moves: Moves,
-    /// How many were declined since one was taken.
-    declined: u32,
+    declines: Declines,
     publishes: FuturesUnordered<BoxFuture<'a, Answered>>,
     batches: HashMap<u64, Batch>,
     next_batch: u64,
@@ -260,8 +280,7 @@ async fn publish_all(
     let mut under_way = UnderWay {
         channel: &channel,
         life: &life.0,
-        moves,
-        declined: 0,
+        declines: Declines::new(moves),
         publishes: FuturesUnordered::new(),
         batches: HashMap::new(),
         next_batch: 0,
@@ -348,12 +367,11 @@ impl UnderWay<'_> {
         }
         match confirmation {
             Confirmation::Ack(_) => {
-                self.declined = 0;
+                self.declines.taken();
                 Ok(())
             }
             Confirmation::Nack(_) => {
-                self.declined += 1;
-                if self.declined >= DECLINED_MAX && self.moves.begin() {
+                if self.declines.declined() {
                     let reason = format!("the broker declined {DECLINED_MAX} messages in a row");
                     self.life.end(reason);
                 }
@@ -395,6 +413,10 @@ async fn publish(
         match timeout(CONFIRM_TIMEOUT, &mut confirmed).await {
             Ok(Ok(confirmation)) => break Ok(confirmation),
             Ok(Err(error)) => {
+                // What closed the channel says more than that it is closed.
+                if let ErrorKind::InvalidChannelState(..) = error.kind() {
+                    drop(timeout(REASON_TIMEOUT, life.ended()).await);
+                }
                 // Whatever went wrong, this channel is of no more use, and with it the session.
                 life.end(format!("publishing failed: {}", plain(&error)));
                 break Err(SendError::Unknown(plain(&error)));
@@ -408,4 +430,33 @@ async fn publish(
         }
     };
     Answered { batch, at, key, to, delayed, answer }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_is_given_up_when_many_are_declined_in_a_row_but_not_one_after_the_other() {
+        let moves = Moves::default();
+        let in_a_row = |declines: &mut Declines, count: u32| {
+            (0..count).filter(|_| declines.declined()).count()
+        };
+        let mut first = Declines::new(moves.clone());
+        for _ in 0..10 {
+            assert_eq!(in_a_row(&mut first, DECLINED_MAX - 1), 0);
+            first.taken();
+        }
+        assert_eq!(in_a_row(&mut first, DECLINED_MAX), 1);
+        let mut second = Declines::new(moves);
+        assert_eq!(
+            in_a_row(&mut second, 1000),
+            0,
+            "a queue that is full is full for every session"
+        );
+        advance(KEPT_AT_LEAST).await;
+        assert_eq!(in_a_row(&mut second, 1), 1);
+    }
 }

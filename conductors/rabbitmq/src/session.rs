@@ -32,12 +32,12 @@ use tokio::{
 };
 
 use crate::{
-    connect::{Address, Connected},
+    connect::{Address, Connected, Patience},
     declare::{Declarer, found, on_own_channel},
     delay::Ladder,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
-    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
+    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, Role, close, watch_over},
     publisher::{Moves, Publisher, Via},
     topology::Topology,
     watchdog::Watchdog,
@@ -81,9 +81,10 @@ impl RabbitSession {
         topology: &Topology,
         options: &Options,
         node: &NodeId,
+        patience: Patience,
     ) -> Result<Self, OpenError> {
-        let publishing = address.connect(node, "publishes").await?;
-        let consuming = address.connect(node, "consumes").await?;
+        let connect = |role| address.connect(node, role, patience.connect);
+        let (publishing, consuming) = tokio::try_join!(connect("publishes"), connect("consumes"))?;
         let setting_up = async {
             let inbox_is_new = !topology.is_inbox_there(&publishing.connection, node).await?;
             let channel = publishing.connection.create_channel().await?;
@@ -92,18 +93,19 @@ impl RabbitSession {
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok((channel, inbox_is_new))
         };
-        let (channel, inbox_is_new) = match timeout(REQUEST_TIMEOUT, setting_up).await {
+        let (channel, inbox_is_new) = match timeout(patience.set_up, setting_up).await {
             Ok(channel) => channel.map_err(|error| address.classify(&error))?,
-            Err(_) => return Err(OpenError::Unreachable(format!("{address}: no answer in time"))),
+            Err(_) => return Err(address.silent(patience.set_up)),
         };
         let life = Life::new();
         let mut tasks = JoinSet::new();
-        let mut watch = |Connected { connection, events }: Connected| {
+        let mut watch = |Connected { connection, events }: Connected, role| {
             let connection = Arc::new(connection);
-            tasks.spawn(watch_over(Arc::clone(&connection), events, life.clone()));
+            tasks.spawn(watch_over(Arc::clone(&connection), events, role, life.clone()));
             connection
         };
-        let (publishing, consuming) = (watch(publishing), watch(consuming));
+        let (publishing, consuming) =
+            (watch(publishing, Role::Publishes), watch(consuming, Role::Consumes));
         let declarer = Declarer { connection: Arc::clone(&consuming), life: life.clone() };
         let ladder = Ladder::new(topology.clone(), declarer.clone());
         let (publisher, publish) =
