@@ -82,21 +82,11 @@ impl Life {
     }
 }
 
-/// What a connection is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// One channel publishes, and the session ends with it.
-    Publishes,
-    /// A channel that ends takes its subscription or its request with it.
-    Consumes,
-}
-
 /// Ends the session with the connection, and the connection with a session that a fault has ended, so that
 /// the broker takes back at once what it delivered.
 pub(crate) async fn watch_over(
     connection: Arc<Connection>,
     mut events: BoxStream<'static, Event>,
-    role: Role,
     life: Life,
 ) {
     let failed = async {
@@ -111,10 +101,8 @@ pub(crate) async fn watch_over(
                     tracing::info!("the broker takes messages again");
                     life.0.blocked.store(false, Ordering::Relaxed);
                 }
-                // Errors of single channels are told here too.
-                Some(Event::Error(error))
-                    if role == Role::Publishes || !connection.status().connected() =>
-                {
+                // Errors of single channels are told here too; those end their subscription only.
+                Some(Event::Error(error)) if !connection.status().connected() => {
                     return plain(&error);
                 }
                 Some(_) => {}

@@ -413,7 +413,7 @@ async fn publish(
         match timeout(CONFIRM_TIMEOUT, &mut confirmed).await {
             Ok(Ok(confirmation)) => break Ok(confirmation),
             Ok(Err(error)) => {
-                // What closed the channel says more than that it is closed.
+                // What closed the channel says more than that it is closed: another publish has been told.
                 if let ErrorKind::InvalidChannelState(..) = error.kind() {
                     drop(timeout(REASON_TIMEOUT, life.ended()).await);
                 }

@@ -37,7 +37,7 @@ use crate::{
     delay::Ladder,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
-    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, Role, close, watch_over},
+    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
     publisher::{Moves, Publisher, Via},
     topology::Topology,
     watchdog::Watchdog,
@@ -99,13 +99,12 @@ impl RabbitSession {
         };
         let life = Life::new();
         let mut tasks = JoinSet::new();
-        let mut watch = |Connected { connection, events }: Connected, role| {
+        let mut watch = |Connected { connection, events }: Connected| {
             let connection = Arc::new(connection);
-            tasks.spawn(watch_over(Arc::clone(&connection), events, role, life.clone()));
+            tasks.spawn(watch_over(Arc::clone(&connection), events, life.clone()));
             connection
         };
-        let (publishing, consuming) =
-            (watch(publishing, Role::Publishes), watch(consuming, Role::Consumes));
+        let (publishing, consuming) = (watch(publishing), watch(consuming));
         let declarer = Declarer { connection: Arc::clone(&consuming), life: life.clone() };
         let ladder = Ladder::new(topology.clone(), declarer.clone());
         let (publisher, publish) =
