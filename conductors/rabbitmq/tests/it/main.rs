@@ -7,6 +7,7 @@ mod answers;
 mod delays;
 mod faults;
 mod interop;
+mod load;
 mod open;
 mod parking;
 mod publishing;
