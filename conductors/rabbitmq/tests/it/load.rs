@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use atomizer::prelude::*;
+use atomizer::{CallError, prelude::*};
 use tokio::{sync::Notify, task::JoinSet, time::sleep};
 
 use crate::support::{blocking, rabbit, serve, vhost};
@@ -53,7 +53,7 @@ async fn two_million_electrons_leave_memory_as_it_was() {
     let begun = Instant::now();
     let mut mebibytes = Vec::new();
     for _ in 0..ELECTRONS / ROUND {
-        let mut sending = JoinSet::new();
+        let mut sending = JoinSet::<Result<(), CallError>>::new();
         for number in 0..ROUND {
             if sending.len() == 1024 {
                 sending.join_next().await.unwrap().unwrap().unwrap();
