@@ -61,7 +61,8 @@ enum Command {
     /// Does everything that is checked before a merge, and stops at the first failure.
     ///
     /// Formatting, clippy, documentation, licences and sources of dependencies (with cargo-deny,
-    /// where it is installed), the tests, and the first command of the README.
+    /// where it is installed), the tests, those of what depends on RabbitMQ also on RabbitMQ 4.0, and the first
+    /// command of the README. Where RabbitMQ 4.0 can neither be found nor fetched, this says so, at the end too.
     Ci,
     /// Breaks the code on purpose, and sees whether the tests notice.
     ///
