@@ -1,7 +1,9 @@
 //! Calls of `cargo`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result};
 
 /// Returns a call of `cargo` in the root of the workspace.
 pub(crate) fn cargo<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Command {
@@ -23,6 +25,15 @@ pub(crate) fn cargo_in<'a>(folder: &Path, arguments: impl IntoIterator<Item = &'
 pub(crate) fn root() -> &'static Path {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.parent().unwrap_or(package)
+}
+
+/// Returns cargo's target folder, where things are kept that can be made again.
+pub(crate) fn target() -> Result<PathBuf> {
+    // We are TARGET/PROFILE/xtask.
+    let own = std::env::current_exe().context("failed to find this program")?;
+    let target = own.parent().and_then(Path::parent);
+    let target = target.with_context(|| format!("{} is in no folder of cargo's", own.display()))?;
+    Ok(target.to_owned())
 }
 
 /// Returns whether `cargo NAME` is installed.

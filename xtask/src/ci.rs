@@ -7,26 +7,36 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::cargo::{cargo, has, root};
-use crate::{stream, test};
+use crate::{stream, test, versions};
 
 /// The README's first command, and how the last line of its output begins.
 const EXAMPLE: &str = "cargo run --release --example montecarlo";
 const EXAMPLE_SAYS: &str = "pi=3.14";
 
+/// The other RabbitMQ to test on, beside the installed one.
+const NEWER_RABBITMQ: &str = "4.0";
+
+/// What is tested on it: what depends on what the broker does.
+const ON_NEWER_RABBITMQ: [&str; 2] = ["atomizer-rabbitmq", "atomizer-tests"];
+
+/// How the table tells of a step that was not taken.
+const SKIPPED: &str = "SKIPPED";
+
 /// What a step came to, where it did not fail.
 enum Outcome {
     Done,
-    Skipped(&'static str),
+    Skipped(String),
 }
 
 type Step = (&'static str, fn() -> Result<Outcome>);
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     ("format", format),
     ("clippy", clippy),
     ("documentation", documentation),
     ("dependencies", dependencies),
     ("tests", tests),
+    ("newer broker", tests_on_newer),
     ("first example", first_example),
 ];
 
@@ -42,8 +52,8 @@ pub(crate) fn run() -> Result<()> {
         match outcome {
             Ok(Outcome::Done) => rows.push((name, took, "ok".to_owned())),
             Ok(Outcome::Skipped(why)) => {
-                println!("skipped: {why}");
-                rows.push((name, took, format!("skipped: {why}")));
+                println!("\n!! {SKIPPED}: {why}\n");
+                rows.push((name, took, format!("{SKIPPED}: {why}")));
             }
             Err(error) => {
                 rows.push((name, took, "FAILED".to_owned()));
@@ -53,6 +63,9 @@ pub(crate) fn run() -> Result<()> {
         }
     }
     print_table(&rows);
+    for (name, _, outcome) in rows.iter().filter(|(_, _, outcome)| outcome.starts_with(SKIPPED)) {
+        println!("!! {name}: {outcome}");
+    }
     result
 }
 
@@ -79,13 +92,26 @@ fn documentation() -> Result<Outcome> {
 
 fn dependencies() -> Result<Outcome> {
     if !has("deny") {
-        return Ok(Outcome::Skipped("cargo-deny is not installed"));
+        return Ok(Outcome::Skipped("cargo-deny is not installed".to_owned()));
     }
     call(&mut cargo("deny check bans licenses sources".split(' ')))
 }
 
 fn tests() -> Result<Outcome> {
     let options = test::Options { yes: true, ..test::Options::default() };
+    test::run(&options).map(|()| Outcome::Done)
+}
+
+/// Tests on a newer RabbitMQ, where one can be had.
+fn tests_on_newer() -> Result<Outcome> {
+    let version = NEWER_RABBITMQ.parse().context("it is a version")?;
+    if let Err(error) = versions::ensure(Some(&version), true) {
+        let why = format!("nothing was tested on RabbitMQ {NEWER_RABBITMQ}: {error:#}");
+        return Ok(Outcome::Skipped(why));
+    }
+    let packages = ON_NEWER_RABBITMQ.map(str::to_owned).to_vec();
+    let rabbitmq = Some(version);
+    let options = test::Options { yes: true, rabbitmq, packages, ..test::Options::default() };
     test::run(&options).map(|()| Outcome::Done)
 }
 

@@ -8,6 +8,7 @@ mod install;
 mod sabotage;
 mod stream;
 mod test;
+mod versions;
 
 use std::process::ExitCode;
 
@@ -31,6 +32,7 @@ Environment:
 Examples:
   cargo xtask test                    run every test
   cargo xtask test -- outage          run the tests whose names contain \"outage\"
+  cargo xtask test --rabbitmq 4.0     run them on a newer RabbitMQ
   cargo xtask ci                      do everything that is checked before a merge
   cargo xtask sabotage                break the code on purpose, and see whether the tests notice
   cargo xtask bench in-process --help say what the benchmark can do"
@@ -48,6 +50,10 @@ enum Command {
     /// that asks for no password); else says what to type. Uses cargo-nextest where it is
     /// installed, else `cargo test`; then runs the documentation's tests.
     ///
+    /// With --rabbitmq it is a RabbitMQ of at least that version: the installed one where that is new enough,
+    /// else one from a newer Debian. That is fetched with debootstrap, from where the machine's apt gets its
+    /// packages, into `rabbitmq` in cargo's target folder, where it stays. Only root may do that.
+    ///
     /// The last line of the output is `passed=N failed=N rabbitmq=VERSION`, with the version that
     /// the broker itself reports. A missing broker, a failed build and a run without any test are
     /// failures.
@@ -55,7 +61,8 @@ enum Command {
     /// Does everything that is checked before a merge, and stops at the first failure.
     ///
     /// Formatting, clippy, documentation, licences and sources of dependencies (with cargo-deny,
-    /// where it is installed), the tests, and the first command of the README.
+    /// where it is installed), the tests, those of what depends on RabbitMQ also on RabbitMQ 4.0, and the first
+    /// command of the README. Where RabbitMQ 4.0 can neither be found nor fetched, this says so, at the end too.
     Ci,
     /// Breaks the code on purpose, and sees whether the tests notice.
     ///

@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use atomizer_test_support::{Broker, SHARED_BROKER};
 
 use self::copy::Copy;
 use self::guard::{Ended, Guard};
 use self::patch::{Patch, Test};
-use crate::cargo::{cargo_in, root};
+use crate::cargo::{cargo_in, root, target};
 use crate::counts::{Counts, Runner};
 use crate::install;
 
@@ -136,7 +136,8 @@ struct Workshop {
 
 impl Workshop {
     fn new(patches: &[Patch], broker: Option<Broker>) -> Result<Self> {
-        let target = target()?;
+        // Beside what cargo builds of the workspace itself.
+        let target = target()?.join("sabotage");
         fs::create_dir_all(&target)
             .with_context(|| format!("failed to make {}", target.display()))?;
         let lock = File::create(target.join("lock")).context("failed to make the lock")?;
@@ -278,16 +279,6 @@ fn judge(text: &str, ended: Ended, tests: u64) -> Verdict {
         }
         // It failed, or took its process with it, or never came to its end.
         Ended::Exited(_) | Ended::TimedOut => Verdict::Caught,
-    }
-}
-
-/// Returns where things are built: beside what cargo builds of the workspace itself.
-fn target() -> Result<PathBuf> {
-    // We are TARGET/PROFILE/xtask.
-    let own = std::env::current_exe().context("failed to find this program")?;
-    match own.parent().and_then(Path::parent) {
-        Some(target) => Ok(target.join("sabotage")),
-        None => bail!("{} is in no folder of cargo's", own.display()),
     }
 }
 

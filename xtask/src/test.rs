@@ -1,11 +1,12 @@
 //! `cargo xtask test`.
 
 use anyhow::{Context as _, Result, bail};
-use atomizer_test_support::{Broker, SHARED_BROKER};
+use atomizer_test_support::{Broker, SHARED_BROKER, Server, server};
 
 use crate::cargo::{cargo, has};
 use crate::counts::{Counts, Runner};
-use crate::{install, stream};
+use crate::stream;
+use crate::versions::{self, Version};
 
 /// What `cargo xtask test` can be told.
 #[derive(Debug, Default, clap::Args)]
@@ -13,6 +14,12 @@ pub(crate) struct Options {
     /// Install what is missing without asking.
     #[arg(long)]
     pub(crate) yes: bool,
+    /// Test on a RabbitMQ of at least this version, as in 4.0.
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) rabbitmq: Option<Version>,
+    /// Test this package only; may be given several times.
+    #[arg(short, long = "package", value_name = "NAME")]
+    pub(crate) packages: Vec<String>,
     /// Filters and flags for cargo-nextest (or `cargo test`); the documentation is not tested then.
     #[arg(last = true, value_name = "EXTRA")]
     pub(crate) extra: Vec<String>,
@@ -20,10 +27,13 @@ pub(crate) struct Options {
 
 /// Runs the tests, and prints the line that sums them up last.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    install::ensure_rabbitmq(options.yes)?;
-    let broker = Broker::start().context("failed to start a private RabbitMQ")?;
-    let outcome = run_all(&broker, &options.extra);
+    let server = versions::ensure(options.rabbitmq.as_ref(), options.yes)?;
+    let broker = Broker::start_on(&server).context("failed to start a private RabbitMQ")?;
     let version = broker.version().to_owned();
+    let brokers = Brokers { shared: &broker, server: &server };
+    let checked =
+        options.rabbitmq.as_ref().map_or(Ok(()), |asked| versions::check(&version, asked));
+    let outcome = checked.and_then(|()| run_all(&brokers, options));
     // What goes wrong with the end of the broker is said before the last line, not after it.
     drop(broker);
     let counts = match outcome {
@@ -42,28 +52,42 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 }
 
-fn run_all(broker: &Broker, extra: &[String]) -> Result<Counts> {
+/// What tests that need a broker are told of.
+struct Brokers<'a> {
+    shared: &'a Broker,
+    /// Where they find one to start by themselves.
+    server: &'a Server,
+}
+
+fn run_all(brokers: &Brokers<'_>, options: &Options) -> Result<Counts> {
+    let mut scope: Vec<&str> =
+        options.packages.iter().flat_map(|name| ["--package", name.as_str()]).collect();
+    if scope.is_empty() {
+        scope.push("--workspace");
+    }
     // All tests run, so that the numbers are those of the whole.
-    let (runner, arguments) = if has("nextest") {
-        (Runner::Nextest, "nextest run --workspace --no-fail-fast")
+    scope.push("--no-fail-fast");
+    let (runner, mut arguments) = if has("nextest") {
+        (Runner::Nextest, vec!["nextest", "run"])
     } else {
-        (Runner::Libtest, "test --workspace --tests --no-fail-fast")
+        (Runner::Libtest, vec!["test", "--tests"])
     };
-    let mut arguments: Vec<&str> = arguments.split(' ').collect();
-    arguments.extend(extra.iter().map(String::as_str));
-    let mut counts = run_one(broker, runner, &arguments)?;
-    if extra.is_empty() {
+    arguments.extend(&scope);
+    arguments.extend(options.extra.iter().map(String::as_str));
+    let mut counts = run_one(brokers, runner, &arguments)?;
+    if options.extra.is_empty() {
         // nextest leaves the documentation's tests out.
-        let arguments = ["test", "--doc", "--workspace", "--no-fail-fast"];
-        counts.add(run_one(broker, Runner::Libtest, &arguments)?);
+        let arguments = [&["test", "--doc"], &*scope].concat();
+        counts.add(run_one(brokers, Runner::Libtest, &arguments)?);
     }
     Ok(counts)
 }
 
-fn run_one(broker: &Broker, runner: Runner, arguments: &[&str]) -> Result<Counts> {
+fn run_one(brokers: &Brokers<'_>, runner: Runner, arguments: &[&str]) -> Result<Counts> {
     let mut command = cargo(arguments.iter().copied());
-    command.env(SHARED_BROKER, broker.describe());
-    let watch = |pid| broker.end_with_us(pid);
+    command.env(SHARED_BROKER, brokers.shared.describe());
+    command.env(server::RABBITMQ_SERVER, brokers.server.script());
+    let watch = |pid| brokers.shared.end_with_us(pid);
     let read = |counts: &mut Counts, line: &str| counts.read(runner, line);
     let ended = stream::run(&mut command, watch, read)?;
     // nextest sums up on one of the two, libtest on the other.

@@ -51,16 +51,24 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Starts a broker and waits until it is ready.
+    /// Starts a broker of the installed RabbitMQ and waits until it is ready.
     ///
     /// # Errors
     ///
     /// When RabbitMQ is missing, ends at once, or is not ready within 90 seconds.
     pub fn start() -> Result<Self, BrokerError> {
-        let server = server::find()?;
-        match Self::start_once(&server) {
+        Self::start_on(&server::find()?)
+    }
+
+    /// Starts a broker of this RabbitMQ and waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// When it ends at once, or is not ready within 90 seconds.
+    pub fn start_on(server: &Server) -> Result<Self, BrokerError> {
+        match Self::start_once(server) {
             // Someone took one of the ports meanwhile; new ports, new luck.
-            Err(BrokerError::Died { .. }) => Self::start_once(&server),
+            Err(BrokerError::Died { .. }) => Self::start_once(server),
             result => result,
         }
     }

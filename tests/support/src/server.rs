@@ -105,13 +105,24 @@ impl Missing {
 ///
 /// [`Missing`], whose text says how to install it.
 pub fn find() -> Result<Server, Missing> {
-    let script = find_script()?;
+    at(find_script()?)
+}
+
+/// Returns the RabbitMQ that a `rabbitmq-server` script belongs to.
+///
+/// `rabbitmqctl` has to be beside it. So may be an `epmd`, which is used rather than one of the
+/// machine then.
+///
+/// # Errors
+///
+/// [`Missing`], when there is no `rabbitmqctl` beside it or no `epmd` anywhere.
+pub fn at(script: PathBuf) -> Result<Server, Missing> {
     let ctl = script.with_file_name("rabbitmqctl");
     if !ctl.is_file() {
         let what = format!("there is no rabbitmqctl beside {}", script.display());
         return Err(Missing::new(what));
     }
-    let epmd = find_epmd().ok_or_else(|| Missing::new("Erlang's epmd was not found"))?;
+    let epmd = find_epmd(&script).ok_or_else(|| Missing::new("Erlang's epmd was not found"))?;
     Ok(Server { script, ctl, epmd })
 }
 
@@ -148,9 +159,11 @@ fn real_script(candidate: &Path) -> Option<PathBuf> {
     script.with_file_name("rabbitmq-env").is_file().then_some(script)
 }
 
-fn find_epmd() -> Option<PathBuf> {
-    env::path_folders()
+fn find_epmd(script: &Path) -> Option<PathBuf> {
+    let beside = script.parent().map(Path::to_owned);
+    beside
         .into_iter()
+        .chain(env::path_folders())
         .chain(EPMD_FOLDERS.map(PathBuf::from))
         .map(|folder| folder.join("epmd"))
         .find(|file| file.is_file())

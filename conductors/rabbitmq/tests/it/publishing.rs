@@ -14,6 +14,10 @@ async fn each_returned_message_is_told_of_its_own_publish() {
     let conductor = rabbit(&vhost.url());
     let session = conductor.open(&NodeId::unique("sender").unwrap()).await.unwrap();
     let atom = AtomId::from_static("taken");
+    // It declares the queue. Who does that at the same moment as others may be told that it is not ready.
+    let first = Electron::new(atom.clone(), Payload::json("first"));
+    let first = session.send(&[Envelope::new(Address::Atom(atom.clone()), first.into())]).await;
+    assert!(first[0].is_ok(), "{first:?}");
     let envelopes: Vec<_> = (0..20_000)
         .map(|number| {
             let electron = Electron::new(atom.clone(), Payload::json(number.to_string()));
