@@ -20,7 +20,11 @@ use lapin::{
 };
 use tokio::time::timeout;
 
-use crate::{life::REQUEST_TIMEOUT, socket};
+use crate::{
+    life::REQUEST_TIMEOUT,
+    server::Server,
+    socket::{self, ConnectError},
+};
 
 /// In seconds; the broker gives up a silent client after twice this.
 const HEARTBEAT_DEFAULT_S: u16 = 10;
@@ -29,6 +33,7 @@ const HEARTBEAT_DEFAULT_S: u16 = 10;
 pub(crate) struct Connected {
     pub(crate) connection: Connection,
     pub(crate) events: BoxStream<'static, Event>,
+    pub(crate) server: Server,
 }
 
 /// How long opening may take at one address.
@@ -132,11 +137,14 @@ impl Address {
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{node} {role}").into());
         match timeout(limit, socket::connect(self.0.clone(), properties, limit)).await {
-            Ok(Ok(connection)) => {
+            Ok(Ok((connection, server))) => {
                 let events = connection.events_listener().boxed();
-                Ok(Connected { connection, events })
+                Ok(Connected { connection, events, server })
             }
-            Ok(Err(error)) => Err(self.classify(&error)),
+            Ok(Err(ConnectError::Client(error))) => Err(self.classify(&error)),
+            Ok(Err(ConnectError::Server(reason))) => {
+                Err(OpenError::Misconfigured(format!("{self}: {reason}")))
+            }
             Err(_) => Err(self.silent(limit)),
         }
     }

@@ -53,6 +53,7 @@ mod lane;
 mod lease;
 mod life;
 mod publisher;
+mod server;
 mod session;
 mod socket;
 mod topology;
@@ -168,7 +169,6 @@ impl Conductor for RabbitMq {
             match RabbitSession::open(address, topology, options, node, patience).await {
                 Ok(session) => {
                     addresses.answered();
-                    tracing::debug!(%address, "session opened");
                     return Ok(Arc::new(session));
                 }
                 Err(error) => errors.push(error),

@@ -39,6 +39,7 @@ use crate::{
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
     publisher::{Moves, Publisher, Via},
+    server::Server,
     topology::Topology,
     watchdog::Watchdog,
 };
@@ -56,6 +57,8 @@ pub(crate) struct Options {
 /// acknowledgements must get through all the same.
 pub(crate) struct RabbitSession {
     node: NodeId,
+    address: Address,
+    server: Server,
     topology: Topology,
     options: Options,
     epoch: Epoch,
@@ -99,7 +102,9 @@ impl RabbitSession {
         };
         let life = Life::new();
         let mut tasks = JoinSet::new();
-        let mut watch = |Connected { connection, events }: Connected| {
+        let server = publishing.server.clone();
+        tracing::info!(%address, %server, "connected");
+        let mut watch = |Connected { connection, events, .. }: Connected| {
             let connection = Arc::new(connection);
             tasks.spawn(watch_over(Arc::clone(&connection), events, life.clone()));
             connection
@@ -112,6 +117,8 @@ impl RabbitSession {
         tasks.spawn(publish);
         Ok(Self {
             node: node.clone(),
+            address: address.clone(),
+            server,
             topology: topology.clone(),
             options: options.clone(),
             epoch: Epoch::unique(),
@@ -497,6 +504,7 @@ impl Session for RabbitSession {
 
 impl fmt::Debug for RabbitSession {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "RabbitSession({:?} of {})", self.epoch, self.node)
+        let Self { epoch, node, server, address, .. } = self;
+        write!(f, "RabbitSession({epoch:?} of {node}, {server} at {address})")
     }
 }

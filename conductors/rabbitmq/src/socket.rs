@@ -1,4 +1,5 @@
-//! What is below the client: a connection that is hung up when nobody waits for it any more.
+//! What is below the client: a connection that is hung up when nobody waits for it any more, and on which is
+//! heard what the broker says of itself, for lapin keeps that to itself.
 //!
 //! Given up in the middle of its handshake, lapin waits for the broker's next word for ever, on a thread of its
 //! own: each try at a broker that accepts and says nothing would leave a thread and a socket behind.
@@ -8,7 +9,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{Mutex, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -18,32 +19,50 @@ use async_rs::{
     util::{DummyIO, RuntimeParts},
 };
 use futures::{
-    FutureExt, Stream,
+    FutureExt, Stream, TryFutureExt,
     io::{AsyncRead, AsyncWrite, IoSlice, IoSliceMut},
 };
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties, uri::AMQPUri};
 use tokio::{net::lookup_host, sync::oneshot, time::timeout};
 
+use crate::server::Server;
+
 type Tcp = <Tokio as Reactor>::TcpStream;
+
+/// Why there is no connection.
+pub(crate) enum ConnectError {
+    Client(lapin::Error),
+    /// Of the broker's own words follows that it will not do.
+    Server(String),
+}
 
 /// Makes a connection, of which nothing is left when the future is dropped. Reaching the host may take `limit`.
 pub(crate) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
     limit: Duration,
-) -> lapin::Result<Connection> {
+) -> Result<(Connection, Server), ConnectError> {
     let (established, waited_for) = oneshot::channel();
-    let waited_for = Mutex::new(Some(waited_for));
+    let (hear, heard) = oneshot::channel();
+    let handshake = Handshake { waited_for, greeting: Vec::new(), hear: Some(hear) };
+    let handshake = Mutex::new(Some(handshake));
     let kit = RuntimeParts::new(Tokio::current(), Sockets(Tokio::current()));
     let dial = async move |uri: AMQPUri, _| {
-        let waited_for = waited_for.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let handshake = handshake.lock().unwrap_or_else(PoisonError::into_inner).take();
         let stream = reach(&uri.authority.host, uri.authority.port, limit).await?;
-        Ok(AsyncTcpStream::Plain(Socket { stream, waited_for }))
+        Ok(AsyncTcpStream::Plain(Socket { stream, handshake }))
     };
-    let connection = Connection::connector(uri, Runtime::new(kit), dial, properties).await?;
+    let connecting = Connection::connector(uri, Runtime::new(kit), dial, properties);
+    let checking = async {
+        let server = heard.await.unwrap_or_default();
+        server.check().map_err(ConnectError::Server)?;
+        Ok(server)
+    };
+    let connecting = connecting.map_err(ConnectError::Client);
+    let (connection, server) = tokio::try_join!(connecting, checking)?;
     // From now on whoever holds the connection closes it.
     established.send(()).ok();
-    Ok(connection)
+    Ok((connection, server))
 }
 
 /// Connects to the first address of a host that answers; each may take its share of the time.
@@ -66,18 +85,39 @@ async fn reach(host: &str, port: u16, limit: Duration) -> io::Result<Tcp> {
 /// One TCP connection.
 struct Socket {
     stream: Tcp,
-    /// While the connection is being made: whether it is still waited for.
-    waited_for: Option<oneshot::Receiver<()>>,
+    /// While the connection is being made.
+    handshake: Option<Handshake>,
+}
+
+struct Handshake {
+    /// Whether anyone still waits for the connection.
+    waited_for: oneshot::Receiver<()>,
+    /// What the broker has said, until it is understood.
+    greeting: Vec<u8>,
+    hear: Option<oneshot::Sender<Server>>,
+}
+
+impl Handshake {
+    fn read(&mut self, bytes: &[u8]) {
+        if self.hear.is_none() {
+            return;
+        }
+        self.greeting.extend_from_slice(bytes);
+        if let Some(server) = Server::read(&self.greeting) {
+            self.greeting = Vec::new();
+            self.hear.take().map(|hear| hear.send(server));
+        }
+    }
 }
 
 impl Socket {
     /// Fails when nobody waits for the connection any more.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        let Some(waited_for) = &mut self.waited_for else { return Ok(()) };
-        match waited_for.poll_unpin(cx) {
+        let Some(handshake) = &mut self.handshake else { return Ok(()) };
+        match handshake.waited_for.poll_unpin(cx) {
             Poll::Pending => Ok(()),
             Poll::Ready(Ok(())) => {
-                self.waited_for = None;
+                self.handshake = None;
                 Ok(())
             }
             Poll::Ready(Err(_)) => {
@@ -94,7 +134,12 @@ impl AsyncRead for Socket {
         bytes: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         self.check(cx)?;
-        Pin::new(&mut self.stream).poll_read(cx, bytes)
+        let Self { stream, handshake } = &mut *self;
+        let read = ready!(Pin::new(stream).poll_read(cx, bytes))?;
+        if let Some(handshake) = handshake {
+            handshake.read(&bytes[..read]);
+        }
+        Poll::Ready(Ok(read))
     }
 
     fn poll_read_vectored(
@@ -102,7 +147,11 @@ impl AsyncRead for Socket {
         cx: &mut Context<'_>,
         bytes: &mut [IoSliceMut<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.check(cx)?;
+        if self.handshake.is_some() {
+            // To be heard along with the rest.
+            let first = bytes.iter_mut().find(|bytes| !bytes.is_empty());
+            return self.poll_read(cx, first.map_or(&mut [], |bytes| &mut **bytes));
+        }
         Pin::new(&mut self.stream).poll_read_vectored(cx, bytes)
     }
 }
@@ -165,6 +214,6 @@ impl Reactor for Sockets {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Socket>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async { Ok(Socket { stream: connecting.await?, waited_for: None }) }
+        async { Ok(Socket { stream: connecting.await?, handshake: None }) }
     }
 }

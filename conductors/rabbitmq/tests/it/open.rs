@@ -1,11 +1,13 @@
 //! Opening: what is refused at once, and what is tried again.
 
 use std::{
-    net::TcpListener,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener},
+    thread,
     time::{Duration, Instant},
 };
 
-use atomizer::{OpenError, StartError, prelude::*};
+use atomizer::{Conductor, NodeId, OpenError, StartError, prelude::*};
 use atomizer_test_support::{Permissions, Proxy, shared};
 
 use crate::support::{Double, blocking, rabbit, soon, vhost};
@@ -92,4 +94,51 @@ async fn a_node_starts_when_its_broker_comes_up() {
     assert_eq!(soon(atomizer.call::<Double>(4).into_future()).await.unwrap(), 8);
     atomizer.drain().await.unwrap();
     blocking(move || drop((vhost, proxy))).await;
+}
+
+/// Says of itself what a RabbitMQ of this version says, to one connection after the other.
+fn pretend(version: &str) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let field = |name: &str, value: &str| {
+        let (name_size, value_size) = (u8::try_from(name.len()).unwrap(), value.len() as u32);
+        [&[name_size], name.as_bytes(), b"S", &value_size.to_be_bytes(), value.as_bytes()].concat()
+    };
+    let properties = [field("product", "RabbitMQ"), field("version", version)].concat();
+    let start = [
+        &[0, 10, 0, 10, 0, 9][..],
+        &(properties.len() as u32).to_be_bytes(),
+        &properties,
+        b"\x00\x00\x00\x05PLAIN\x00\x00\x00\x05en_US",
+    ]
+    .concat();
+    let frame = [&[1, 0, 0][..], &(start.len() as u32).to_be_bytes(), &start, &[0xce]].concat();
+    thread::spawn(move || {
+        let mut clients = Vec::new();
+        for mut client in listener.incoming().flatten() {
+            client.read_exact(&mut [0; 8]).unwrap();
+            client.write_all(&frame).unwrap();
+            clients.push(client);
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_too_old_is_refused_by_its_name() {
+    let conductor = rabbit(&format!("amqp://{}", pretend("3.9.29")));
+    let error = soon(conductor.open(&NodeId::unique("node").unwrap())).await.unwrap_err();
+    let OpenError::Misconfigured(reason) = error else { panic!("{error:?}") };
+    assert!(reason.contains("RabbitMQ 3.9.29 is too old: 3.10 or later is needed"), "{reason}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_knows_what_it_talks_to() {
+    let vhost = vhost().await;
+    let session = soon(rabbit(&vhost.url()).open(&NodeId::unique("node").unwrap())).await.unwrap();
+    let shown = format!("{session:?}");
+    assert!(shown.contains(&format!("RabbitMQ {}", vhost.node().version())), "{shown}");
+    assert!(shown.contains(&vhost.node().address().to_string()), "{shown}");
+    soon(session.close()).await;
+    blocking(move || drop(vhost)).await;
 }
