@@ -1,0 +1,134 @@
+//! What is measured: nodes, used as anyone would.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use atomizer::prelude::*;
+use atomizer_rabbitmq::RabbitMq;
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+use tokio::{sync::Notify, task::JoinSet};
+
+/// How many sends are in flight.
+const SENDS_IN_FLIGHT: usize = 1024;
+
+/// An input of 256 bytes, as JSON.
+#[derive(Deserialize, Serialize)]
+pub(crate) struct Job {
+    number: u64,
+    text: String,
+}
+
+impl Job {
+    pub(crate) fn new(number: u64) -> Self {
+        Self { number, text: "x".repeat(228) }
+    }
+}
+
+/// An atom that notes when its first electron came, and how many came.
+struct Noop(Arc<Tally>);
+
+#[derive(Default)]
+struct Tally {
+    first: OnceLock<Instant>,
+    count: AtomicU64,
+    enough: u64,
+    done: Notify,
+}
+
+impl Tally {
+    fn up_to(enough: u64) -> Arc<Self> {
+        Arc::new(Self { enough, ..Self::default() })
+    }
+}
+
+impl Atom for Noop {
+    const ID: &'static str = "noop";
+    type Input = Job;
+    type Output = Job;
+
+    async fn process(&self, _cx: &Context, input: Job) -> Result<Job, AtomError> {
+        self.0.first.get_or_init(Instant::now);
+        if self.0.count.fetch_add(1, Ordering::Relaxed) + 1 == self.0.enough {
+            self.0.done.notify_one();
+        }
+        Ok(input)
+    }
+}
+
+fn rabbit(url: &str) -> Result<RabbitMq> {
+    Ok(RabbitMq::from_url(url)?)
+}
+
+async fn serve(url: &str, tally: Arc<Tally>) -> Result<Atomizer> {
+    Ok(Atomizer::builder().conductor(rabbit(url)?).atom(Noop(tally)).start().await?)
+}
+
+async fn asker(url: &str) -> Result<Atomizer> {
+    Ok(Atomizer::builder().conductor(rabbit(url)?).start().await?)
+}
+
+/// Makes the queue of the atom, and whatever else a node makes.
+pub(crate) async fn make_queues(url: &str) -> Result<()> {
+    Ok(serve(url, Arc::default()).await?.drain().await?)
+}
+
+/// Sends until all is confirmed.
+pub(crate) async fn publish(url: &str, electrons: u64) -> Result<Duration> {
+    let node = asker(url).await?;
+    let begun = Instant::now();
+    stream::iter(0..electrons)
+        .map(|number| node.send::<Noop>(Job::new(number)))
+        .buffer_unordered(SENDS_IN_FLIGHT)
+        .try_for_each(async |_| Ok(()))
+        .await?;
+    let took = begun.elapsed();
+    node.drain().await?;
+    Ok(took)
+}
+
+/// Works off what is there, from the first delivery to the end of the node.
+pub(crate) async fn drain(url: &str, electrons: u64) -> Result<Duration> {
+    let tally = Tally::up_to(electrons);
+    let node = serve(url, Arc::clone(&tally)).await?;
+    tally.done.notified().await;
+    node.drain().await?;
+    let took = tally.first.get().map(Instant::elapsed).unwrap_or_default();
+    let count = tally.count.load(Ordering::Relaxed);
+    ensure!(count == electrons, "{count} of {electrons} electrons ran");
+    Ok(took)
+}
+
+/// Asks from one node for what runs on another.
+pub(crate) async fn call(url: &str, calls: u64, in_flight: u64) -> Result<Duration> {
+    let (server, client) = (serve(url, Arc::default()).await?, asker(url).await?);
+    let begun = Instant::now();
+    let made = Arc::new(AtomicU64::new(0));
+    let mut clients = JoinSet::new();
+    for _ in 0..in_flight {
+        let (client, made) = (client.clone(), Arc::clone(&made));
+        clients.spawn(async move {
+            loop {
+                let number = made.fetch_add(1, Ordering::Relaxed);
+                if number >= calls {
+                    return anyhow::Ok(());
+                }
+                let output = client.call::<Noop>(Job::new(number)).await?;
+                ensure!(output.number == number, "the answer is another's");
+            }
+        });
+    }
+    while let Some(ended) = clients.join_next().await {
+        ended??;
+    }
+    let took = begun.elapsed();
+    client.drain().await?;
+    server.drain().await?;
+    Ok(took)
+}
