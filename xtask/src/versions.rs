@@ -94,10 +94,12 @@ pub(crate) fn check(reported: &str, asked: &Version) -> Result<()> {
 }
 
 fn installed_version(server: &Server) -> Result<Version> {
-    // It needs a home for the cookie that it does not use.
+    // It wants a home for the cookie that it does not use.
+    let home = cache()?;
+    fs::create_dir_all(&home).context("failed to make a folder")?;
     let output = Command::new(server.ctl())
         .arg("version")
-        .env("HOME", std::env::temp_dir())
+        .env("HOME", home)
         .stdin(Stdio::null())
         .output()
         .context("failed to run rabbitmqctl")?;
@@ -117,7 +119,6 @@ fn ensure_fetched(version: &Version, yes: bool) -> Result<Server> {
     let cache = cache()?;
     let folder = cache.join(release);
     if !folder.is_dir() {
-        fs::create_dir_all(&cache).context("failed to make a folder")?;
         let lock = File::create(cache.join("lock")).context("failed to make a lock")?;
         lock.lock().context("failed to lock")?;
         // Another may have been quicker.
