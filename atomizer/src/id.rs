@@ -81,11 +81,7 @@ impl FromStr for ElectronId {
     type Err = InvalidId;
 
     fn from_str(text: &str) -> Result<Self, InvalidId> {
-        Uuid::parse_str(text).map(Self).map_err(|_| InvalidId {
-            what: "electron id",
-            text: text.chars().take(64).collect(),
-            rule: "a UUID",
-        })
+        Uuid::parse_str(text).map(Self).map_err(|_| InvalidId::new("electron id", text, "a UUID"))
     }
 }
 
@@ -108,6 +104,12 @@ pub struct InvalidId {
     what: &'static str,
     text: String,
     rule: &'static str,
+}
+
+impl InvalidId {
+    pub(crate) fn new(what: &'static str, text: &str, rule: &'static str) -> Self {
+        Self { what, text: text.chars().take(64).collect(), rule }
+    }
 }
 
 /// Text that is either compiled in or shared: cloning never copies it.

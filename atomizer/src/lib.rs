@@ -43,6 +43,7 @@ mod builder;
 mod clock;
 mod conductor;
 mod context;
+mod dead_letter;
 mod electron;
 mod erased;
 mod error;
@@ -74,6 +75,7 @@ pub use conductor::{
     SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
 };
 pub use context::Context;
+pub use dead_letter::{BrokerDeath, Cause, CauseKey, DeadLetter, LetterId, Reason};
 pub use electron::{ContentType, Electron, Extra, Message, Parent, Payload, Unreadable};
 pub use error::{AtomError, Result};
 pub use event::{Event, EventKind, EventStream, Missed};

@@ -16,7 +16,8 @@ use self::{
     session::MemorySession,
 };
 use crate::{
-    Conductor, ConductorId, Limits, Message, NodeId, OpenError, ReplyTo, Session, SessionError,
+    Conductor, ConductorId, DeadLetter, Limits, Message, NodeId, OpenError, ReplyTo, Session,
+    SessionError, wire::Wire,
 };
 
 /// Carries electrons within one process: nothing to install, and nothing outlives the process.
@@ -59,6 +60,15 @@ impl Memory {
         for session in sessions.iter().filter_map(Weak::upgrade) {
             session.end(&SessionError::lost("cut"));
         }
+    }
+
+    /// Returns what is known of all dead letters, oldest first. They stay where they are.
+    #[must_use]
+    pub fn dead_letters(&self) -> Vec<DeadLetter> {
+        let broker = self.broker.lock();
+        let dead = broker.queues.get(&QueueName::Dead).map(|queue| &queue.ready);
+        let wires = dead.into_iter().flatten().map(|stored| Wire::from(stored.message.clone()));
+        wires.map(|wire| DeadLetter::from_wire(wire, None)).collect()
     }
 
     /// Takes all dead letters out, oldest first.

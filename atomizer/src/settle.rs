@@ -9,12 +9,18 @@ use crate::{
     Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
     Payload, Properties, ReplyTo, SendError, SettleError, Ticket, Unreadable,
     ask::Asker,
-    wire::{Wire, header},
+    clock,
+    wire::{Wire, header, timestamp},
 };
 
 /// How long to wait before what was not taken is tried again, for the first time; it doubles each time.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(100);
 const TRY_AGAIN_AFTER_MAX: Duration = Duration::from_secs(1);
+
+/// The time of day as a header has it.
+fn now() -> serde_json::Value {
+    timestamp(clock::now()).into()
+}
 
 /// The end of one delivery, on its way to be settled.
 #[derive(Debug)]
@@ -241,6 +247,8 @@ impl Settler {
                 let Unreadable { mut wire, reason } = Arc::unwrap_or_clone(unreadable);
                 let why = serde_json::Value::String(reason.clone());
                 wire.headers.insert(header::UNREADABLE.to_owned(), why);
+                wire.headers.insert(header::DEAD_AT.to_owned(), now());
+                wire.headers.insert(header::DEAD_ATOM.to_owned(), self.atom.as_str().into());
                 (Message::Unreadable(Arc::new(Unreadable { wire, reason: reason.clone() })), reason)
             }
             Message::Answer(_) => (message, "an answer in a queue of electrons".to_owned()),
@@ -268,6 +276,7 @@ impl Settler {
         let mut electron = electron.clone();
         electron.attempts = electron.attempts.saturating_add(1);
         electron.remember(failure);
+        electron.extra.insert(header::DEAD_AT.to_owned(), now());
         Envelope::new(Address::DeadLetter(self.atom.clone()), electron.into())
     }
 

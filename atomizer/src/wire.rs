@@ -8,7 +8,7 @@ use std::{
     fmt::{self, Display},
     str::FromStr,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -71,12 +71,30 @@ pub mod header {
     pub const STARTED_AT: &str = "atomizer-started-at";
     /// In a dead letter that could not be read: why.
     pub const UNREADABLE: &str = "atomizer-unreadable";
+    /// What the names begin with that are written to dead letters only. They go when a letter is sent back.
+    pub const DEAD_PREFIX: &str = "atomizer-dead-";
+    /// In a dead letter: when it became one. RFC 3339, UTC.
+    pub const DEAD_AT: &str = "atomizer-dead-at";
+    /// In a dead letter that could not be read: the atom in whose queue it was.
+    pub const DEAD_ATOM: &str = "atomizer-dead-atom";
+    /// In a dead letter that the broker made and that was written anew since: the broker's word for why.
+    pub const DEAD_REASON: &str = "atomizer-dead-reason";
+    /// In such a letter: the queue it was moved from.
+    pub const DEAD_QUEUE: &str = "atomizer-dead-queue";
+    /// In a dead letter that was written anew: who did.
+    pub const DEAD_WALK: &str = "atomizer-dead-walk";
     /// How long the attempt took, in microseconds.
     pub const DURATION_US: &str = "atomizer-duration-us";
 }
 
 const STATUS_OK: &str = "ok";
 const STATUS_FAILED: &str = "failed";
+
+/// A time as headers have it: RFC 3339, UTC, to the millisecond.
+#[must_use]
+pub fn timestamp(at: SystemTime) -> String {
+    humantime::format_rfc3339_millis(at).to_string()
+}
 
 /// A message in parts that any carrier of headers and bytes can move.
 #[derive(Clone, Default, PartialEq)]

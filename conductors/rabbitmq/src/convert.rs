@@ -10,7 +10,7 @@ use lapin::{
 use serde_json::{Number, Value};
 
 /// `delivery_mode` of messages that the broker writes to disk (AMQP 0-9-1, basic class).
-const PERSISTENT: u8 = 2;
+pub(crate) const PERSISTENT: u8 = 2;
 
 /// Headers that belong to the broker, and beginnings of such (those with a `-` at the end). They are never published again: a copied `x-death` can make the
 /// broker drop a message as a cycle.
@@ -94,7 +94,7 @@ pub(crate) fn wire(properties: &BasicProperties, redelivered: bool, data: Vec<u8
     (wire, redeliveries)
 }
 
-fn is_the_brokers(name: &str) -> bool {
+pub(crate) fn is_the_brokers(name: &str) -> bool {
     BROKER_HEADERS
         .iter()
         .any(|owned| if owned.ends_with('-') { name.starts_with(owned) } else { name == *owned })

@@ -54,7 +54,7 @@ pub(crate) fn found<T>(asked: lapin::Result<T>) -> lapin::Result<Option<T>> {
 }
 
 /// The reply code, when a request was refused at the cost of its channel.
-fn refusal(error: &lapin::Error) -> Option<AMQPSoftError> {
+pub(crate) fn refusal(error: &lapin::Error) -> Option<AMQPSoftError> {
     match error.kind() {
         ErrorKind::ProtocolError(error) => match error.kind() {
             AMQPErrorKind::Soft(code) => Some(code.clone()),

@@ -47,6 +47,7 @@
 mod acks;
 mod connect;
 mod convert;
+mod dead;
 mod declare;
 mod delay;
 mod lane;
@@ -69,6 +70,7 @@ use async_trait::async_trait;
 use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Session};
 
 pub use connect::UrlError;
+pub use dead::{Clearing, DeadLetters, DeadLettersError, Listing, Progress, Requeue, Selection};
 
 use connect::Addresses;
 use publisher::Moves;
@@ -138,6 +140,12 @@ impl RabbitMq {
     pub fn watchdog(mut self, period: Duration) -> Self {
         self.options.watchdog = period;
         self
+    }
+
+    /// Returns the dead letters of the namespace: to list, to send back, to purge.
+    #[must_use]
+    pub fn dead_letters(&self) -> DeadLetters {
+        DeadLetters::new(&self.addresses, &self.topology, self.options.limits)
     }
 }
 

@@ -69,6 +69,12 @@ impl Topology {
         format!("{}.{}", self.namespace, atom_key(atom))
     }
 
+    /// The atom whose queue this is, if it is one.
+    pub(crate) fn atom_of(&self, queue: &str) -> Option<AtomId> {
+        let atom = queue.strip_prefix(&self.namespace)?.strip_prefix(".atom.")?;
+        AtomId::try_new(atom).ok()
+    }
+
     pub(crate) fn inbox_queue(&self, node: &NodeId) -> String {
         format!("{}.inbox.{node}", self.namespace)
     }
@@ -81,7 +87,7 @@ impl Topology {
         format!("{}.lease.{node}.{epoch:?}", self.namespace)
     }
 
-    fn dead_queue(&self) -> String {
+    pub(crate) fn dead_queue((&self) -> String {
         self.name(DEAD_KEY)
     }
 

@@ -4,6 +4,7 @@
 
 mod addresses;
 mod answers;
+mod dead;
 mod delays;
 mod faults;
 mod interop;
