@@ -29,8 +29,8 @@ pub use listing::Listing;
 
 use crate::{
     connect::{Addresses, Connected, plain},
-    life::{Life, REQUEST_TIMEOUT, close, watch_over},
     declare::{on_own_channel, refusal},
+    life::{Life, REQUEST_TIMEOUT, close, watch_over},
     topology::Topology,
 };
 

@@ -87,7 +87,7 @@ impl Topology {
         format!("{}.lease.{node}.{epoch:?}", self.namespace)
     }
 
-    pub(crate) fn dead_queue((&self) -> String {
+    pub(crate) fn dead_queue(&self) -> String {
         self.name(DEAD_KEY)
     }
 

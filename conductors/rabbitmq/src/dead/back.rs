@@ -17,8 +17,8 @@ use super::{
 use crate::{
     connect::plain,
     convert,
-    life::{REQUEST_TIMEOUT, close},
     declare::{on_own_channel, refusal},
+    life::{REQUEST_TIMEOUT, close},
 };
 
 /// The way back to the queues of atoms.

@@ -24,7 +24,7 @@ use tokio::time::{Instant, timeout};
 
 use super::{DeadLetters, DeadLettersError, Opened, copy, publish};
 use crate::{
-    acks::Acks, connect::plain, life::REQUEST_TIMEOUT, session::refusal, topology::Topology,
+    acks::Acks, connect::plain, declare::refusal, life::REQUEST_TIMEOUT, topology::Topology,
 };
 
 /// The most letters of one window, and how many bytes it is to have about: payloads may be large.
