@@ -386,9 +386,8 @@ mod tests {
 
     #[test]
     fn what_says_no_id_is_named_after_what_it_is() {
-        let mut wire = Wire::default();
-        wire.kind = Some("positron".to_owned());
-        wire.body = "whatever".into();
+        let kind = Some("positron".to_owned());
+        let mut wire = Wire { kind, body: "whatever".into(), ..Wire::default() };
         let letter = DeadLetter::from_wire(wire.clone(), None);
         assert_eq!(letter.reason, Reason::Unreadable);
         assert_eq!(letter.detail, "unknown type \"positron\"");

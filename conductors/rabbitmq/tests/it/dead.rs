@@ -441,8 +441,7 @@ async fn what_is_sent_back_has_all_its_attempts_and_dies_again_only_once() {
     let conductor = rabbit(&vhost.url());
     let atomizer = serve(&vhost.url()).await;
     let policy = Policy::retry(2).backoff(Backoff::none());
-    let calls =
-        (0..50).map(|_| atomizer.call::<Double>(u64::MAX).policy(policy).into_future());
+    let calls = (0..50).map(|_| atomizer.call::<Double>(u64::MAX).policy(policy).into_future());
     let failed = soon(join_all(calls)).await;
     assert!(failed.iter().all(Result::is_err));
     let dead = conductor.dead_letters();
