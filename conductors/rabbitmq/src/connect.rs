@@ -24,6 +24,7 @@ use crate::{
     life::REQUEST_TIMEOUT,
     server::Server,
     socket::{self, ConnectError},
+    tls::{self, Tls},
 };
 
 /// In seconds; the broker gives up a silent client after twice this.
@@ -124,7 +125,10 @@ fn both(one: OpenError, other: OpenError) -> OpenError {
 
 /// One address of a broker, with its secrets out of sight.
 #[derive(Clone)]
-pub(crate) struct Address(AMQPUri);
+pub(crate) struct Address {
+    uri: AMQPUri,
+    tls: Option<Tls>,
+}
 
 impl Address {
     /// Makes one connection.
@@ -136,7 +140,8 @@ impl Address {
     ) -> Result<Connected, OpenError> {
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{node} {role}").into());
-        match timeout(limit, socket::connect(self.0.clone(), properties, limit)).await {
+        let Self { uri, tls } = self.clone();
+        match timeout(limit, socket::connect(uri, tls, properties, limit)).await {
             Ok(Ok((connection, server))) => {
                 let events = connection.events_listener().boxed();
                 Ok(Connected { connection, events, server })
@@ -173,6 +178,10 @@ impl Address {
             ErrorKind::InvalidProtocolVersion(_) | ErrorKind::ParsingError(_) => {
                 OpenError::Misconfigured(format!("{self}: not an AMQP 0-9-1 broker"))
             }
+            ErrorKind::IOError(error) => match tls::means(error) {
+                Some(means) => means(text),
+                None => OpenError::Unreachable(text),
+            },
             _ => OpenError::Unreachable(text),
         }
     }
@@ -189,13 +198,13 @@ pub(crate) fn plain(error: &Error) -> String {
 
 impl fmt::Display for Addresses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(Address(AMQPUri { vhost, .. })) = self.all.first() else { return Ok(()) };
-        write!(f, "amqp://")?;
+        let Some(Address { uri, .. }) = self.all.first() else { return Ok(()) };
+        write!(f, "{}://", uri.scheme)?;
         for (index, address) in self.all.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{}", Host(&address.0))?;
+            write!(f, "{comma}{}", Host(&address.uri))?;
         }
-        write!(f, "/{}", shown(vhost))
+        write!(f, "/{}", shown(&uri.vhost))
     }
 }
 
@@ -207,7 +216,8 @@ impl fmt::Debug for Addresses {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "amqp://{}/{}", Host(&self.0), shown(&self.0.vhost))
+        let Self { uri, .. } = self;
+        write!(f, "{}://{}/{}", uri.scheme, Host(uri), shown(&uri.vhost))
     }
 }
 
@@ -238,15 +248,27 @@ const EXPECTED: &str = "expected amqp://user:password@host:port,host:port/vhost;
 /// of it.
 fn parse(url: &str) -> Result<Vec<Address>, String> {
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
-    match scheme {
-        "amqp" => {}
-        "amqps" => return Err("TLS is not supported yet".to_owned()),
-        _ => return Err("it does not begin with amqp://".to_owned()),
-    }
     let (authority, tail) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
     // What looks like a virtual host may be half of a password.
     if tail.contains(['@', '#']) {
         return Err(EXPECTED.to_owned());
+    }
+    let parameters: Vec<_> =
+        tail.split_once('?').map_or("", |(_, query)| query).split('&').collect();
+    let parameters: Vec<_> = (parameters.iter())
+        .filter_map(|parameter| parameter.split_once('='))
+        .map(|(name, value)| (name.to_owned(), decoded(value)))
+        .collect();
+    let tls = match scheme {
+        "amqp" => None,
+        "amqps" => Some(Tls::from_query(&parameters)?),
+        _ => return Err("it begins neither with amqp:// nor with amqps://".to_owned()),
+    };
+    let of_tls = |name: &str| ["cacertfile", "certfile", "keyfile", "verify"].contains(&name);
+    if tls.is_none()
+        && let Some((name, _)) = parameters.iter().find(|(name, _)| of_tls(name))
+    {
+        return Err(format!("{name} is of use with amqps:// only"));
     }
     let (user, hosts) = match authority.rsplit_once('@') {
         Some((user, hosts)) => (format!("{user}@"), hosts),
@@ -259,15 +281,16 @@ fn parse(url: &str) -> Result<Vec<Address>, String> {
             if several && host.is_empty() {
                 return Err("there is an empty host among several".to_owned());
             }
-            parse_one(&user, host, tail)
+            let uri = parse_one(&format!("{scheme}://{user}"), host, tail)?;
+            Ok(Address { uri, tls: tls.clone() })
         })
         .collect()
 }
 
-fn parse_one(user: &str, host: &str, tail: &str) -> Result<Address, String> {
+fn parse_one(before: &str, host: &str, tail: &str) -> Result<AMQPUri, String> {
     // The URL parser knows addresses of version 6 by their brackets; lapin's takes them for no host at all.
     let literal = host.strip_prefix('[').and_then(|host| host.split_once(']'));
-    let mut uri = AMQPUri::from_str(&format!("amqp://{user}{host}{tail}"))
+    let mut uri = AMQPUri::from_str(&format!("{before}{host}{tail}"))
         // The parser's message may quote what it was given, and with it the password.
         .map_err(|_| EXPECTED.to_owned())?;
     if let Some((literal, _)) = literal {
@@ -279,7 +302,26 @@ fn parse_one(user: &str, host: &str, tail: &str) -> Result<Address, String> {
     if uri.vhost.is_empty() {
         "/".clone_into(&mut uri.vhost);
     }
-    Ok(Address(uri))
+    Ok(uri)
+}
+
+/// Text from a URL, where bytes may be written as `%2F`.
+fn decoded(text: &str) -> String {
+    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
+    while let Some((first, after)) = rest.split_first() {
+        let code = after.get(..2).and_then(|code| std::str::from_utf8(code).ok());
+        match code.and_then(|code| u8::from_str_radix(code, 16).ok()) {
+            Some(byte) if *first == b'%' => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Says what is wrong with a URL; user and password are left out.
@@ -290,17 +332,21 @@ pub struct UrlError {
     reason: String,
 }
 
-/// The URL with all that may be a secret replaced: what stands before the last `@`, and everything when there
-/// is none and it may have been forgotten.
+/// The URL with all that may be a secret replaced: what stands before the last `@`, everything when there is
+/// none and it may have been forgotten, and the query.
 fn redacted(url: &str) -> String {
     let (scheme, rest) = match url.split_once("://") {
         Some((scheme, rest)) => (format!("{scheme}://"), rest),
         None => (String::new(), url),
     };
-    match rest.rsplit_once('@') {
-        Some((_, after)) => format!("{scheme}***@{after}"),
-        None if rest.contains(':') => format!("{scheme}***"),
-        None => url.to_owned(),
+    let (user, after) = match rest.rsplit_once('@') {
+        Some((_, after)) => ("***@", after),
+        None if rest.contains(':') => return format!("{scheme}***"),
+        None => ("", rest),
+    };
+    match after.split_once('?') {
+        Some((after, _)) => format!("{scheme}{user}{after}?***"),
+        None => format!("{scheme}{user}{after}"),
     }
 }
 
@@ -311,7 +357,7 @@ mod tests {
     fn one(url: &str) -> AMQPUri {
         let addresses = Addresses::parse(url).unwrap();
         assert_eq!(addresses.all.len(), 1, "{url}");
-        addresses.all[0].0.clone()
+        addresses.all[0].uri.clone()
     }
 
     fn round(addresses: &Addresses) -> Vec<String> {
@@ -348,11 +394,11 @@ mod tests {
             addresses.to_string(),
             "amqp://one:5672,two:5673,[::1]:5672,[fe80::2]:5674/jobs"
         );
-        for Address(uri) in &*addresses.all {
+        for Address { uri, .. } in &*addresses.all {
             assert_eq!(uri.authority.userinfo.password, "a,b");
             assert_eq!((uri.vhost.as_str(), uri.query.heartbeat), ("jobs", Some(3)));
         }
-        assert_eq!(addresses.all[2].0.authority.host, "::1");
+        assert_eq!(addresses.all[2].uri.authority.host, "::1");
     }
 
     #[test]
@@ -404,6 +450,35 @@ mod tests {
         assert_eq!(all(&[Unreachable]), "unreachable: x");
     }
 
+    #[cfg(not(feature = "tls"))]
+    #[test]
+    fn without_tls_the_feature_is_named() {
+        let error = Addresses::parse("amqps://alice:s3cret@broker").unwrap_err().to_string();
+        assert!(error.contains("feature `tls`"), "{error}");
+    }
+
+    #[cfg(feature = "tls")]
+    #[test]
+    fn tls_has_its_port_and_its_parameters() {
+        let url = "amqps://alice:s3cret@a,b:1/jobs?cacertfile=%2Fca.pem&certfile=/c&keyfile=/k";
+        let addresses = Addresses::parse(url).unwrap();
+        assert_eq!(addresses.to_string(), "amqps://a:5671,b:1/jobs");
+        let Some(tls) = &addresses.all[1].tls else { panic!("it is encrypted") };
+        let shown = format!("{tls:?}");
+        assert!(["/ca.pem", "/c", "/k"].iter().all(|path| shown.contains(path)), "{shown}");
+        for (query, reason) in [
+            ("verify=verify_none", "always verified"),
+            ("certfile=/c", "need each other"),
+            ("keyfile=/k", "need each other"),
+            ("password=s3cret", "password is not supported"),
+        ] {
+            let url = format!("amqps://alice:s3cret@broker?{query}");
+            let error = Addresses::parse(&url).unwrap_err().to_string();
+            assert!(error.contains(reason) && !error.contains("s3cret"), "{error}");
+        }
+        Addresses::parse("amqps://broker?verify=verify_peer").unwrap();
+    }
+
     #[test]
     fn a_malformed_url_is_refused_without_its_password() {
         for url in [
@@ -414,7 +489,8 @@ mod tests {
             "alice:s3cret@broker",
             "amqp://alice:s3cret@broker:port",
             "amqp://alice:s3cret@broker/?heartbeat=soon",
-            "amqps://alice:s3cret@broker",
+            "amqps://alice:s3cret@broker?verify=verify_none",
+            "amqp://alice:s3cret@broker?cacertfile=/ca.pem",
             "amqp://alice:s3cret",
             "alice:s3cret",
             "amqp://alice:s3cret@a,,b",

@@ -57,6 +57,11 @@ mod publisher;
 mod server;
 mod session;
 mod socket;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "no_tls.rs"]
+mod tls;
 mod topology;
 mod watchdog;
 
@@ -92,13 +97,18 @@ impl RabbitMq {
 
     /// Describes a broker by its URL: `amqp://user:password@host:port/vhost`.
     ///
-    /// What is left out is `guest`, `guest`, 5672 and the virtual host `/`. The query may have `heartbeat`
-    /// in seconds; 10 by default.
+    /// What is left out is `guest`, `guest`, 5672 (5671 with TLS) and the virtual host `/`. The query may have
+    /// `heartbeat` in seconds; 10 by default.
     ///
     /// The nodes of a cluster stand side by side, separated by commas: `amqp://user:password@a,b:5673,[::1]/vhost`.
     /// User, password, virtual host and query are those of all. A session has one of them, at random the first
     /// time; the next session begins with the one after it, and tries each once before there is a pause. One
     /// that is silent is given up after 2 s (a single one after 5 s, and so are several when all were too slow).
+    ///
+    /// `amqps://` is TLS, with the feature `tls` of this crate. The broker's certificate is always verified, against
+    /// the system's authorities, or those in the file that the query names as `cacertfile`, and for the name of
+    /// the host, or `server_name_indication`. A certificate to be shown is named by `certfile` and `keyfile`. All
+    /// files are PEM, and read anew for each connection, so that what is renewed is used.
     ///
     /// # Errors
     /// [`UrlError`] when it is no such URL. The password is never part of an error.

@@ -22,12 +22,22 @@ use futures::{
     FutureExt, Stream, TryFutureExt,
     io::{AsyncRead, AsyncWrite, IoSlice, IoSliceMut},
 };
-use lapin::{AsyncTcpStream, Connection, ConnectionProperties, uri::AMQPUri};
+use lapin::{
+    AsyncTcpStream, Connection, ConnectionProperties,
+    uri::{AMQPAuthority, AMQPUri},
+};
 use tokio::{net::lookup_host, sync::oneshot, time::timeout};
 
-use crate::server::Server;
+use crate::{server::Server, tls::Tls};
 
-type Tcp = <Tokio as Reactor>::TcpStream;
+pub(crate) type Tcp = <Tokio as Reactor>::TcpStream;
+
+/// What carries the bytes: TCP, or TLS on it.
+pub(crate) type Transport = Box<dyn ReadWrite>;
+
+pub(crate) trait ReadWrite: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ReadWrite for T {}
 
 /// Why there is no connection.
 pub(crate) enum ConnectError {
@@ -36,9 +46,11 @@ pub(crate) enum ConnectError {
     Server(String),
 }
 
-/// Makes a connection, of which nothing is left when the future is dropped. Reaching the host may take `limit`.
+/// Makes a connection, of which nothing is left when the future is dropped. Each step may take
+/// `limit`.
 pub(crate) async fn connect(
     uri: AMQPUri,
+    tls: Option<Tls>,
     properties: ConnectionProperties,
     limit: Duration,
 ) -> Result<(Connection, Server), ConnectError> {
@@ -49,7 +61,14 @@ pub(crate) async fn connect(
     let kit = RuntimeParts::new(Tokio::current(), Sockets(Tokio::current()));
     let dial = async move |uri: AMQPUri, _| {
         let handshake = handshake.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let stream = reach(&uri.authority.host, uri.authority.port, limit).await?;
+        let AMQPAuthority { host, port, .. } = &uri.authority;
+        let tcp = reach(host, *port, limit).await?;
+        let stream: Transport = match &tls {
+            None => Box::new(tcp),
+            Some(tls) => {
+                timeout(limit, tls.encrypt(tcp, host)).await.map_err(|_| no_answer())??
+            }
+        };
         Ok(AsyncTcpStream::Plain(Socket { stream, handshake }))
     };
     let connecting = Connection::connector(uri, Runtime::new(kit), dial, properties);
@@ -67,7 +86,6 @@ pub(crate) async fn connect(
 
 /// Connects to the first address of a host that answers; each may take its share of the time.
 async fn reach(host: &str, port: u16, limit: Duration) -> io::Result<Tcp> {
-    let no_answer = || io::Error::new(io::ErrorKind::TimedOut, "no answer");
     let found = timeout(limit, lookup_host((host, port))).await.map_err(|_| no_answer())??;
     let addresses: Vec<_> = found.collect();
     let share = limit / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
@@ -82,9 +100,13 @@ async fn reach(host: &str, port: u16, limit: Duration) -> io::Result<Tcp> {
     Err(last)
 }
 
-/// One TCP connection.
+fn no_answer() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "no answer")
+}
+
+/// One connection, as lapin sees it.
 struct Socket {
-    stream: Tcp,
+    stream: Transport,
     /// While the connection is being made.
     handshake: Option<Handshake>,
 }
@@ -214,6 +236,6 @@ impl Reactor for Sockets {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Socket>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async { Ok(Socket { stream: connecting.await?, handshake: None }) }
+        async { Ok(Socket { stream: Box::new(connecting.await?), handshake: None }) }
     }
 }

@@ -14,4 +14,6 @@ mod parking;
 mod publishing;
 mod silent;
 mod support;
+#[cfg(feature = "tls")]
+mod tls;
 mod topology;
