@@ -186,23 +186,16 @@ impl RabbitSession {
         prefetch: u16,
     ) -> Result<(Channel, Consumer), SessionError> {
         let channel = self.life.bound(REQUEST_TIMEOUT, self.consuming.create_channel()).await?;
+        let mut unused = Unused { session: self, channel: Some(channel.clone()) };
         let consuming = async {
             channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
             let options = BasicConsumeOptions::default();
             let tag = self.node.as_str().into();
             channel.basic_consume(queue.into(), tag, options, FieldTable::default()).await
         };
-        match self.life.bound(REQUEST_TIMEOUT, consuming).await {
-            Ok(consumer) => Ok((channel, consumer)),
-            Err(error) => {
-                // A consumer that comes into being late must not hold what nobody will take from it.
-                self.spawn(async move {
-                    let closing = channel.close(REPLY_SUCCESS, "too late".into());
-                    drop(timeout(REQUEST_TIMEOUT, closing).await);
-                });
-                Err(error)
-            }
-        }
+        let consumer = self.life.bound(REQUEST_TIMEOUT, consuming).await?;
+        unused.channel = None;
+        Ok((channel, consumer))
     }
 
     /// Runs a task for as long as the session is there.
@@ -321,6 +314,23 @@ impl RabbitSession {
             () = closing => {}
             _ = self.life.ended() => {}
         }
+    }
+}
+
+/// Closes a channel whose consumer nobody waits for any more, because it came too late or its future was dropped. It
+/// may come into being all the same, and would hold what nobody takes from it.
+struct Unused<'a> {
+    session: &'a RabbitSession,
+    channel: Option<Channel>,
+}
+
+impl Drop for Unused<'_> {
+    fn drop(&mut self) {
+        let Some(channel) = self.channel.take() else { return };
+        self.session.spawn(async move {
+            let closing = channel.close(REPLY_SUCCESS, "not used".into());
+            drop(timeout(REQUEST_TIMEOUT, closing).await);
+        });
     }
 }
 

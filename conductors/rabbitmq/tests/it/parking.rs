@@ -170,7 +170,11 @@ async fn who_may_not_declare_a_lease_queue_keeps_the_ticket() {
     let vhost = blocking(|| {
         let broker = shared().unwrap();
         let vhost = broker.vhost().unwrap();
-        let own = Permissions::new(r"^atomizer(\.dead|\.inbox\..*|\.atom\..*)?$", ".*", ".*");
+        let own = Permissions::new(
+            r"^atomizer(\.dead|\.due|\.lost|\.inbox\..*|\.atom\..*)?$",
+            ".*",
+            ".*",
+        );
         broker.add_user("worker", "secret", vhost.name(), &own).unwrap();
         vhost
     })

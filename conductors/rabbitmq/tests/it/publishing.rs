@@ -45,7 +45,7 @@ async fn a_sender_that_may_not_declare_is_told_so() {
     let vhost = blocking(|| {
         let broker = shared().unwrap();
         let vhost = broker.vhost().unwrap();
-        let own = Permissions::new(r"^atomizer(\.dead|\.inbox\..*)?$", ".*", ".*");
+        let own = Permissions::new(r"^atomizer(\.dead|\.due|\.lost|\.inbox\..*)?$", ".*", ".*");
         broker.add_user("caller", "secret", vhost.name(), &own).unwrap();
         vhost
     })
