@@ -26,6 +26,7 @@ use lapin::{
     types::FieldTable,
 };
 use tokio::{
+    runtime::Handle,
     sync::{Mutex as AsyncMutex, mpsc, oneshot},
     task::JoinSet,
     time::timeout,
@@ -186,30 +187,28 @@ impl RabbitSession {
         prefetch: u16,
     ) -> Result<(Channel, Consumer), SessionError> {
         let channel = self.life.bound(REQUEST_TIMEOUT, self.consuming.create_channel()).await?;
+        let runtime = Handle::current();
+        let mut unused = Unused { session: self, channel: Some(channel.clone()), runtime };
         let consuming = async {
             channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
             let options = BasicConsumeOptions::default();
             let tag = self.node.as_str().into();
             channel.basic_consume(queue.into(), tag, options, FieldTable::default()).await
         };
-        match self.life.bound(REQUEST_TIMEOUT, consuming).await {
-            Ok(consumer) => Ok((channel, consumer)),
-            Err(error) => {
-                // A consumer that comes into being late must not hold what nobody will take from it.
-                self.spawn(async move {
-                    let closing = channel.close(REPLY_SUCCESS, "too late".into());
-                    drop(timeout(REQUEST_TIMEOUT, closing).await);
-                });
-                Err(error)
-            }
-        }
+        let consumer = self.life.bound(REQUEST_TIMEOUT, consuming).await?;
+        unused.channel = None;
+        Ok((channel, consumer))
     }
 
     /// Runs a task for as long as the session is there.
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.spawn_on(&Handle::current(), task);
+    }
+
+    fn spawn_on(&self, runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(task);
+        tasks.spawn_on(task, runtime);
     }
 
     /// Begins a lane: the task that settles what a channel delivers. Returns its id, and what resolves when
@@ -321,6 +320,24 @@ impl RabbitSession {
             () = closing => {}
             _ = self.life.ended() => {}
         }
+    }
+}
+
+/// A channel that is closed unless it comes to be used. A consumer that comes into being when nobody waits for it
+/// any more would hold for ever what nobody takes from it: the client keeps it, and with it the channel.
+struct Unused<'session> {
+    session: &'session RabbitSession,
+    channel: Option<Channel>,
+    runtime: Handle,
+}
+
+impl Drop for Unused<'_> {
+    fn drop(&mut self) {
+        let Some(channel) = self.channel.take() else { return };
+        self.session.spawn_on(&self.runtime, async move {
+            let closing = channel.close(REPLY_SUCCESS, "too late".into());
+            drop(timeout(REQUEST_TIMEOUT, closing).await);
+        });
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is parked: where it lies, what becomes of it, and what is left behind.
 
-use std::{collections::HashSet, num::NonZeroUsize, sync::Arc};
+use std::{collections::HashSet, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use atomizer::{
     Address, AtomId, Conductor, Delivery, Electron, Envelope, Message, NodeId, Outcome, Payload,
@@ -8,7 +8,7 @@ use atomizer::{
 };
 use atomizer_test_support::{Depth, Permissions, Proxy, Vhost, shared};
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::timeout};
 
 use crate::support::{blocking, rabbit, soon, vhost};
 
@@ -335,4 +335,37 @@ async fn a_cut_in_the_middle_of_much_parking_loses_nothing() {
     other.close().await;
     sender.close().await;
     blocking(move || drop((vhost, proxy))).await;
+}
+
+/// The first to park in a session makes the lease queue and its consumer. A consumer of which nobody knows would hold
+/// what is parked from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_parks_on_when_its_first_parking_was_dropped_at_any_moment() {
+    const MOMENTS: u32 = 60;
+    let vhost = vhost().await;
+    let mut parked = 0;
+    for moment in 0..MOMENTS {
+        let session = open(&vhost.url()).await;
+        let mut taker = take(&*session, 1).await;
+        send(&*session).await;
+        let (electron, delivery) = next(&mut taker).await;
+        let spent = Duration::from_micros(250) * moment;
+        let parking = session.park(delivery.ticket, Arc::new(electron));
+        if let Ok(ticket) = timeout(spent, parking).await {
+            parked += 1;
+            drop(ticket);
+        }
+        for _ in 0..2 {
+            let (electron, delivery) = next(&mut taker).await;
+            let parking = session.park(delivery.ticket, Arc::new(electron));
+            // Far sooner than a parking that waits in vain gives up.
+            let ticket = timeout(Duration::from_secs(15), parking).await;
+            drop(ticket.expect("its copy arrives").unwrap());
+        }
+        let (_, delivery) = next(&mut taker).await;
+        settle(&*session, delivery.ticket).await.unwrap();
+        session.close().await;
+    }
+    assert!(parked < MOMENTS, "some were dropped");
+    blocking(move || drop(vhost)).await;
 }
