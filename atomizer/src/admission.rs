@@ -18,7 +18,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use crate::Options;
+use crate::{Options, run::Waits};
 
 /// The permits of one node.
 pub(crate) struct Admission {
@@ -235,6 +235,8 @@ pub(crate) struct Slot {
     /// Held by the branch of the atom that queues for the permit, so that no other queues behind it for one
     /// that this slot holds.
     resuming: tokio::sync::Mutex<()>,
+    /// Who is told when it gives back its permit for a while.
+    waits: Option<Waits>,
 }
 
 impl Slot {
@@ -242,6 +244,11 @@ impl Slot {
         let admission = Some((Arc::clone(&permit.admission), permit.lane));
         let kept = permit.keep_place();
         Self { admission, ..Self::with(Place::Running { permit, _kept: kept }) }
+    }
+
+    /// Tells when the run waits.
+    pub(crate) fn tells(self, waits: Waits) -> Self {
+        Self { waits: Some(waits), ..self }
     }
 
     /// A slot of what runs without a permit.
@@ -255,6 +262,7 @@ impl Slot {
             permit: Mutex::new(place),
             polls: AtomicU32::new(0),
             resuming: tokio::sync::Mutex::new(()),
+            waits: None,
         }
     }
 
@@ -304,8 +312,7 @@ impl Slot {
 
     /// Where to queue, when the permit was given back for a while.
     fn waiting(&self) -> Option<&(Arc<Admission>, Lane)> {
-        let waiting = matches!(*self.lock(), Place::Waiting { .. });
-        self.admission.as_ref().filter(|_| waiting)
+        self.admission.as_ref().filter(|_| self.is_waiting())
     }
 
     /// Gives the permit back for a while, all but the place that is kept.
@@ -324,7 +331,15 @@ impl Slot {
         };
         // Dropping a permit serves others: not under this lock.
         drop(place);
-        drop(given_back);
+        if let Some(permit) = given_back {
+            drop(permit);
+            self.waits.iter().for_each(Waits::tell);
+        }
+    }
+
+    /// Whether the run waits, without a permit.
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(*self.lock(), Place::Waiting { .. })
     }
 
     /// Goes on with a permit, unless that is not wanted any more: then it is given back.

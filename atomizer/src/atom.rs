@@ -136,6 +136,7 @@ pub trait Resident: Send + Sync + 'static {
 #[must_use]
 pub struct Options {
     concurrency: Option<NonZeroUsize>,
+    prefetch: Option<NonZeroUsize>,
     time_limit: Option<Duration>,
     policy: Option<Policy>,
     blocking: bool,
@@ -158,6 +159,19 @@ impl Options {
     /// When `limit` is 0.
     pub fn concurrency(mut self, limit: usize) -> Self {
         self.concurrency = Some(NonZeroUsize::new(limit).expect("a limit of 0 would never run"));
+        self
+    }
+
+    /// Limits how many a node holds of each conductor's queue: those that run, and those that wait for a permit.
+    ///
+    /// The default is what can run, and as many again, up to 64, that are at hand when one ends. With less, fewer
+    /// run; with more, some lie here while other nodes idle. What is [parked](crate::Session::park) is not counted:
+    /// parents that wait, and what runs for long.
+    ///
+    /// # Panics
+    /// When `count` is 0.
+    pub fn prefetch(mut self, count: usize) -> Self {
+        self.prefetch = Some(NonZeroUsize::new(count).expect("a prefetch of 0 would never run"));
         self
     }
 
@@ -204,6 +218,16 @@ impl Options {
             None if self.blocking => cores(),
             None => Self::CONCURRENCY_DEFAULT,
         }
+    }
+
+    /// What a node holds of one atom's queue: what can run, and a little in hand so that the next is there when a
+    /// permit comes free. More in hand would sit here while other nodes idle.
+    pub(crate) fn window(&self, kind: Kind) -> NonZeroUsize {
+        const IN_HAND_MAX: usize = 64;
+        self.prefetch.unwrap_or_else(|| {
+            let limit = self.concurrency_limit(kind);
+            NonZeroUsize::new(limit + limit.min(IN_HAND_MAX)).expect("a limit is at least 1")
+        })
     }
 
     pub(crate) fn run_time_limit(&self) -> Option<Duration> {

@@ -88,8 +88,8 @@ pub trait Session: fmt::Debug + Send + Sync + 'static {
 
     /// Holds a delivery on, changed: the new form is made safe, then the old one is removed.
     ///
-    /// From then on it is held for as long as the session lives, and no longer counts against the window it
-    /// came through. When it is given back (its new ticket is dropped, or the session ends) it goes, as it was
+    /// From then on it is held for as long as the session lives, whatever [`Limits::hold_max`] is, and no longer
+    /// counts against the window it came through. When it is given back (its new ticket is dropped, or the session ends) it goes, as it was
     /// changed, to the queue of its atom, and counts as delivered before.
     ///
     /// # Errors
@@ -168,19 +168,29 @@ pub struct Limits {
     pub payload_bytes_max: usize,
     /// The longest [delay](Envelope::delay). Longer ones are waited out before sending.
     pub delay_max: Duration,
+    /// How long a delivery may be held as it was delivered, before it is to be [parked](Session::park), settled or
+    /// given back. `Duration::MAX`: for as long as the session lives.
+    pub hold_max: Duration,
 }
 
 impl Limits {
-    /// Makes limits with the longest payload in bytes, and no delays.
+    /// Makes limits with the longest payload in bytes, no delays, and deliveries that may be held for ever.
     #[must_use]
     pub fn new(payload_bytes_max: usize) -> Self {
-        Self { payload_bytes_max, delay_max: Duration::ZERO }
+        Self { payload_bytes_max, delay_max: Duration::ZERO, hold_max: Duration::MAX }
     }
 
     /// Sets the longest delay.
     #[must_use]
     pub fn delay_max(mut self, delay_max: Duration) -> Self {
         self.delay_max = delay_max;
+        self
+    }
+
+    /// Sets how long a delivery may be held as it was delivered.
+    #[must_use]
+    pub fn hold_max(mut self, hold_max: Duration) -> Self {
+        self.hold_max = hold_max;
         self
     }
 }
@@ -467,6 +477,13 @@ pub enum SendError {
     /// It may have arrived or not; sending it again under the same id is right.
     #[error("not known to have arrived: {0}")]
     Unknown(String),
+}
+
+impl SendError {
+    /// Whether another try would end the same way.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, Self::TooLarge { .. } | Self::Refused(_))
+    }
 }
 
 /// Why a delivery was not settled.

@@ -120,6 +120,15 @@ pub enum EventKind {
         /// Which attempt is under way, or comes next.
         attempt: u32,
     },
+    /// An electron that takes long was parked: it takes up no place in a window, and may be held for ever.
+    Parked {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt is under way, or comes next.
+        attempt: u32,
+    },
     /// An electron that was delivered before is to begin, alone, and this is written into it.
     Suspected {
         /// The electron.
@@ -315,6 +324,7 @@ impl EventKind {
         match self {
             Self::Received { electron, atom, attempt, .. }
             | Self::Adopted { electron, atom, attempt }
+            | Self::Parked { electron, atom, attempt }
             | Self::Suspected { electron, atom, attempt, .. }
             | Self::Started { electron, atom, attempt }
             | Self::Blocking { electron, atom, attempt }
@@ -417,6 +427,7 @@ impl EventKind {
                 write!(f, "received {id} again, redelivery {redeliveries}, {nth} is next")
             }
             Self::Adopted { .. } => write!(f, "received {id} again while it is here, {nth}"),
+            Self::Parked { .. } => write!(f, "parked {id}, {nth}"),
             Self::Suspected { lives, .. } => {
                 write!(f, "suspects {id}, life {lives}, {nth} is next")
             }

@@ -40,6 +40,7 @@ mod admission;
 mod ask;
 mod atom;
 mod builder;
+mod claim;
 mod clock;
 mod conductor;
 mod context;

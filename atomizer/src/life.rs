@@ -130,6 +130,8 @@ pub(crate) enum Fact {
     Succeeded,
     /// Its pause is over.
     Rested,
+    /// It has not begun, and may not be held any longer.
+    Late,
     /// The node takes no more.
     Draining,
     /// Its session is gone.
@@ -204,9 +206,11 @@ impl State {
             (Self::Suspect, Fact::Written) | (Self::Pausing(_), Fact::Rested) => Self::Ready,
             (Self::Ready, Fact::Expired { asked }) => Self::Leaving(Leave::Failed { dead: !asked }),
             (Self::Running, Fact::Succeeded) => Self::Leaving(Leave::Done),
+            (Self::Ready, Fact::Late) => Self::Leaving(Leave::HandedOn(Duration::ZERO)),
             (Self::Pausing(wait), Fact::Draining) => Self::Leaving(Leave::HandedOn(wait)),
             // What has not begun is given back as it came.
-            (Self::Avoiding { .. } | Self::Suspect | Self::Ready, Fact::Draining)
+            (Self::Avoiding { .. } | Self::Suspect, Fact::Late)
+            | (Self::Avoiding { .. } | Self::Suspect | Self::Ready, Fact::Draining)
             | (_, Fact::Lost) => Self::Gone,
             _ => return None,
         })

@@ -57,12 +57,36 @@ impl Drop for Task {
     }
 }
 
-/// Says that a run is over, and what came of it. Nothing at all comes of one that was aborted.
+/// What a run tells of itself.
 #[derive(Debug)]
 pub(crate) struct Reported {
     pub(crate) electron: ElectronId,
     pub(crate) run: RunId,
-    pub(crate) result: Option<RunResult>,
+    pub(crate) what: What,
+}
+
+#[derive(Debug)]
+pub(crate) enum What {
+    /// It waits, without a permit.
+    Waits,
+    /// It is over, and this came of it. Nothing at all comes of one that was aborted.
+    Ended(Option<RunResult>),
+}
+
+/// Where it is told that one run waits.
+#[derive(Debug)]
+pub(crate) struct Waits {
+    pub(crate) electron: ElectronId,
+    pub(crate) run: RunId,
+    pub(crate) to: mpsc::UnboundedSender<Reported>,
+}
+
+impl Waits {
+    pub(crate) fn tell(&self) {
+        let Self { electron, run, ref to } = *self;
+        // An error says that the worker is gone.
+        drop(to.send(Reported { electron, run, what: What::Waits }));
+    }
 }
 
 /// Where the report of one run goes; it is made when the run is dropped, too.
@@ -88,7 +112,7 @@ impl Drop for Report {
             *result = Some(Err(Failed::new(FailureKind::Panic, "a panic while it was dropped")));
         }
         // An error says that the worker is gone, and with it the ticket.
-        drop(self.to.send(Reported { electron, run, result: result.take() }));
+        drop(self.to.send(Reported { electron, run, what: What::Ended(result.take()) }));
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
     Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
     Payload, Properties, ReplyTo, SendError, SettleError, Ticket, Unreadable,
     ask::Asker,
+    claim::Claim,
     clock,
     wire::{Wire, header, timestamp},
 };
@@ -65,14 +66,19 @@ pub(crate) struct Spent {
 /// has no ticket any more.
 #[derive(Debug)]
 pub(crate) struct Settlement {
-    pub(crate) ticket: Option<Ticket>,
+    pub(crate) ticket: Option<Claim>,
     emit: Vec<Envelope>,
     ending: Ending,
 }
 
 impl Settlement {
+    /// Whether its ticket is to come.
+    pub(crate) fn is_parking(&self) -> bool {
+        self.ticket.as_ref().is_some_and(Claim::is_parking)
+    }
+
     fn new(
-        ticket: Option<Ticket>,
+        ticket: Option<Claim>,
         emit: Vec<Envelope>,
         electron: Arc<Electron>,
         spent: Spent,
@@ -90,7 +96,7 @@ pub(crate) type Settled = Vec<(Ending, Result<(), Unsettled>)>;
 #[derive(Debug)]
 pub(crate) enum Unsettled {
     /// Another outcome is to be chosen for these.
-    NotSafe { ticket: Option<Ticket>, failed: Vec<(Envelope, SendError)> },
+    NotSafe { ticket: Option<Claim>, failed: Vec<(Envelope, SendError)> },
     /// It is for others to see to: the delivery comes again.
     Gone(String),
 }
@@ -180,7 +186,7 @@ impl Settler {
     /// The end of an electron whose atom returned an output.
     pub(crate) fn done(
         &self,
-        ticket: Option<Ticket>,
+        ticket: Option<Claim>,
         electron: Arc<Electron>,
         spent: Spent,
         output: Payload,
@@ -192,7 +198,7 @@ impl Settler {
     /// The end of an electron that failed, or was never begun.
     pub(crate) fn failed(
         &self,
-        ticket: Option<Ticket>,
+        ticket: Option<Claim>,
         electron: Arc<Electron>,
         spent: Spent,
         failure: Failure,
@@ -237,7 +243,7 @@ impl Settler {
     pub(crate) fn unreadable(&self, ticket: Ticket, message: Message) -> Settlement {
         let (emit, reason) = self.aside(message);
         let ending = Ending::new(Subject::Unreadable { reason });
-        Settlement { ticket: Some(ticket), emit, ending }
+        Settlement { ticket: Some(Claim::Delivered { ticket, until: None }), emit, ending }
     }
 
     /// What is emitted for a message that is not an electron, and why.
@@ -324,7 +330,7 @@ impl Settler {
     }
 
     /// Ends an electron that cannot be put back: with the failure of its attempt, or with why it was handed on.
-    fn cannot_go_back(&self, ticket: Option<Ticket>, ending: Ending, error: &SendError) -> Verdict {
+    fn cannot_go_back(&self, ticket: Option<Claim>, ending: Ending, error: &SendError) -> Verdict {
         let Subject::Electron { electron, spent, how } = ending.subject else {
             unreachable!("what cannot be read does not go back")
         };
@@ -355,7 +361,7 @@ impl Settler {
     }
 
     /// Answers with a failure in place of what cannot be answered.
-    fn instead(&self, ticket: Option<Ticket>, ending: Ending, mut failure: Failure) -> Verdict {
+    fn instead(&self, ticket: Option<Claim>, ending: Ending, mut failure: Failure) -> Verdict {
         let settlement = match ending.subject {
             Subject::Electron { electron, spent, .. } => {
                 failure.node = Some(self.asker.node.id.clone());
@@ -370,7 +376,7 @@ impl Settler {
 
 /// An electron that goes back: a copy is safe before this delivery is removed.
 pub(crate) fn put_back(
-    ticket: Option<Ticket>,
+    ticket: Option<Claim>,
     electron: Arc<Electron>,
     spent: Spent,
     copy: Electron,
@@ -381,7 +387,7 @@ pub(crate) fn put_back(
     let emit = vec![Envelope::new(to, copy.into()).after(delay)];
     let how = match why.clone() {
         Why::Failed { failure, wait } => How::Requeued { failure, wait },
-        Why::Untried(reason) => How::HandedOn { reason },
+        Why::Untried(reason) | Why::Late(reason) => How::HandedOn { reason },
     };
     Settlement::new(ticket, emit, electron, spent, how)
 }
@@ -393,6 +399,8 @@ pub(crate) enum Why {
     Failed { failure: Failure, wait: Duration },
     /// It is counted as no attempt.
     Untried(String),
+    /// Nor is it counted how often.
+    Late(String),
 }
 
 /// Settles a batch through the session that is open now. Tickets of an earlier one are stale there, and without
@@ -404,10 +412,13 @@ pub(crate) async fn settle(asker: Asker, batch: Vec<Settlement>) -> Settled {
     let mut outcomes = Vec::with_capacity(batch.len());
     for Settlement { ticket, emit, ending } in batch {
         match ticket {
-            Some(ticket) => {
-                endings.push(ending);
-                outcomes.push((ticket, Outcome::done(emit)));
-            }
+            Some(claim) => match claim.ticket().await {
+                Ok(ticket) => {
+                    endings.push(ending);
+                    outcomes.push((ticket, Outcome::done(emit)));
+                }
+                Err(reason) => settled.push((ending, Err(Unsettled::Gone(reason)))),
+            },
             None => {
                 let failed = failed_to_send(&asker, emit).await;
                 let sent = failed.is_empty().then_some(());
@@ -425,7 +436,8 @@ pub(crate) async fn settle(asker: Asker, batch: Vec<Settlement>) -> Settled {
     let results = results.into_iter().map(|result| {
         result.map_err(|error| match error {
             SettleError::NotSafe { ticket, failed } => {
-                Unsettled::NotSafe { ticket: Some(ticket), failed }
+                let ticket = Some(Claim::Delivered { ticket, until: None });
+                Unsettled::NotSafe { ticket, failed }
             }
             gone => Unsettled::Gone(gone.to_string()),
         })

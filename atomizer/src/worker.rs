@@ -4,12 +4,13 @@
 //! the atoms' futures, so that a panic, an error and a time limit all come back to the task that settles.
 //!
 //! This file has the loop. What follows from each step is in the files beside it, in the order of a life:
-//! [`arrive`], [`begin`], [`leave`], and [`time`] for what comes by itself.
+//! [`arrive`], [`begin`], [`leave`], and [`time`] for what comes by itself; [`park`] for what takes long.
 
 mod arrive;
 mod begin;
 mod held;
 mod leave;
+mod park;
 mod time;
 
 use std::{
@@ -51,12 +52,8 @@ pub(crate) struct Registered {
 }
 
 impl Registered {
-    /// What a node holds of one atom's queue: what can run, and a little in hand so that the next is there
-    /// when a permit comes free. More in hand would sit here while other nodes idle.
     fn window(&self) -> NonZeroUsize {
-        const IN_HAND_MAX: usize = 64;
-        let limit = self.options.concurrency_limit(self.kind);
-        NonZeroUsize::new(limit + limit.min(IN_HAND_MAX)).expect("a limit is at least 1")
+        self.options.window(self.kind)
     }
 }
 
@@ -81,6 +78,12 @@ pub(crate) struct Worker {
     turn: Option<BoxFuture<'static, Step>>,
     /// Begun here: it runs, or waits for its next attempt. Each once, however often it is delivered.
     begun: FxHashMap<ElectronId, Begun>,
+    /// How many of their deliveries count against the window.
+    out: usize,
+    /// Runs that waited for something when they were looked at last, the oldest first; some have ended since.
+    parents: VecDeque<(ElectronId, RunId)>,
+    /// How many deliveries are being parked.
+    parking: usize,
     /// Given up at their time limit, and not ended yet.
     overdue: FxHashMap<RunId, Overdue>,
     next_run: u64,
@@ -126,6 +129,8 @@ enum Step {
         permit: Permit,
         taken: Result<(), SettleError>,
     },
+    /// A delivery of this electron is parked, or not.
+    Parked(ElectronId),
     Alarm,
     Reached(Stage),
 }
@@ -151,6 +156,9 @@ impl Worker {
             taking: FxHashSet::default(),
             turn: None,
             begun: FxHashMap::default(),
+            out: 0,
+            parents: VecDeque::new(),
+            parking: 0,
             overdue: FxHashMap::default(),
             next_run: 0,
             alarms: BTreeSet::new(),
@@ -172,6 +180,7 @@ impl Worker {
             if self.draining && self.begun.is_empty() && self.asked.is_empty() {
                 return;
             }
+            self.park_parents();
             let reached = stage
                 .wait_for(|now| *now >= next_stage)
                 .map(|now| now.map_or(Stage::Aborting, |now| *now));
@@ -188,6 +197,7 @@ impl Worker {
                 Step::TakenForGood { held, permit, taken } => {
                     self.on_taken_for_good(held, permit, taken);
                 }
+                Step::Parked(electron) => self.on_parked(electron),
                 Step::Alarm => self.on_alarm(Instant::now()),
                 Step::Reached(Stage::Draining | Stage::Cancelling) if !self.draining => {
                     next_stage = Stage::Aborting;
@@ -217,7 +227,8 @@ impl Worker {
 
     /// Sets the alarm to whatever comes first; false when there is nothing to look after.
     fn set_alarm(&mut self) -> bool {
-        let busy = !(self.begun.is_empty() && self.overdue.is_empty());
+        let idle = self.begun.is_empty() && self.overdue.is_empty();
+        let busy = !(idle && self.ready.is_empty() && self.suspects.is_empty());
         if !busy && self.alarms.is_empty() {
             return false;
         }
@@ -253,6 +264,7 @@ impl Worker {
             let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
             stays(held)
         });
+        self.out = self.begun.values_mut().map(|begun| begun.held_mut().out()).sum();
     }
 
     /// Takes no more, and gives back what has not begun.
@@ -269,6 +281,7 @@ impl Worker {
             .extract_if(|_, begun| matches!(begun, Begun::Pausing { .. }))
             .map(|(_, begun)| begun)
             .collect();
+        self.out = self.begun.values_mut().map(|begun| begun.held_mut().out()).sum();
         let now = Instant::now();
         for begun in pausing {
             if let Begun::Pausing { mut held, failure, until } = begun {

@@ -6,12 +6,13 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     Step, TICK, Worker,
-    held::{Began, Begun, Held, Running},
+    held::{Began, Held},
 };
 use crate::{
-    Delivery, Electron, EventKind, Failure, FailureKind, Message, SendError, SettleError,
+    Delivery, Electron, EventKind, Failure, FailureKind, Message, SettleError,
     admission::{Permit, Priority},
     ask::Asker,
+    claim::Claim,
     life::{Arrival, Fact, Leave, State},
     settle::Settlement,
 };
@@ -20,6 +21,7 @@ impl Worker {
     pub(super) fn on_deliveries(&mut self, deliveries: Vec<Delivery>) {
         let mut unfit = Vec::new();
         let now = Instant::now();
+        let until = self.hold_until(now);
         for Delivery { message, redeliveries, waited, ticket } in deliveries {
             let electron = match message {
                 Message::Electron(electron) => electron,
@@ -30,20 +32,23 @@ impl Worker {
             };
             let (id, attempt) = (electron.id, electron.attempts.saturating_add(1));
             self.emit(|atom| EventKind::Received { electron: id, atom, attempt, redeliveries });
+            let claim = Claim::Delivered { ticket, until };
             if self.is_duplicate_of_once(id) {
-                self.drop_duplicate(ticket);
+                self.drop_duplicate(claim);
                 continue;
             }
             if let Some(begun) = self.begun.get_mut(&id).filter(|_| electron.atom == self.atom.id) {
-                let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
-                held.adopt(electron, ticket);
+                let held = begun.held_mut();
+                self.out -= held.out();
+                held.adopt(electron, claim);
+                self.out += held.out();
                 self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
                 continue;
             }
             // Counted from here, and not beyond what the clock can tell.
             let left = electron.deadline.map(|deadline| deadline.saturating_sub(waited));
             let deadline = left.and_then(|left| now.checked_add(left));
-            let (ticket, adopted) = (Some(ticket), Vec::new());
+            let (ticket, adopted) = (Some(claim), Vec::new());
             let state = State::Gone;
             let held = Held { electron, state, ticket, adopted, deadline, alone: None };
             self.arrive(held, redeliveries, now, &mut unfit);
@@ -186,11 +191,14 @@ async fn write_life(asker: Asker, mut held: Held) -> Option<Held> {
     electron.lives = electron.lives.saturating_add(1);
     electron.deadline = held.left(Instant::now());
     let electron = Arc::new(electron);
-    let ticket = held.ticket.take()?;
+    let claim = held.ticket.take()?;
+    let until = claim.until();
+    let ticket = claim.ticket().await.ok()?;
     let parking = session.park(ticket, Arc::clone(&electron));
     let error = match asker.link.ask(&session, parking).await {
         Ok(Ok(ticket)) => {
-            return Some(Held { electron, ticket: Some(ticket), alone: Some(turn), ..held });
+            let ticket = Some(Claim::Parked(ticket));
+            return Some(Held { electron, ticket, alone: Some(turn), ..held });
         }
         Ok(Err(error)) => error,
         Err(_) => return None,
@@ -199,9 +207,10 @@ async fn write_life(asker: Asker, mut held: Held) -> Option<Held> {
     match error {
         // It never can be written: begun alone and uncounted is better than never.
         SettleError::NotSafe { ticket, failed }
-            if failed.iter().any(|(_, error)| is_final(error)) =>
+            if failed.iter().any(|(_, error)| error.is_final()) =>
         {
-            Some(Held { ticket: Some(ticket), alone: Some(turn), ..held })
+            let ticket = Some(Claim::Delivered { ticket, until });
+            Some(Held { ticket, alone: Some(turn), ..held })
         }
         error => {
             drop(turn);
@@ -211,8 +220,4 @@ async fn write_life(asker: Asker, mut held: Held) -> Option<Held> {
             None
         }
     }
-}
-
-fn is_final(error: &SendError) -> bool {
-    matches!(error, SendError::TooLarge { .. } | SendError::Refused(_))
 }

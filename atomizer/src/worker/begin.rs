@@ -9,10 +9,11 @@ use super::{
     held::{Began, Begun, Held, Running},
 };
 use crate::{
-    Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError, Ticket,
+    Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
     admission::{Permit, Priority, Slot},
+    claim::Claim,
     life::{Fact, Leave, State},
-    run::{Report, RunId},
+    run::{Report, RunId, Waits},
 };
 
 impl Worker {
@@ -44,17 +45,18 @@ impl Worker {
     pub(super) fn start(&mut self, mut held: Held, permit: Permit, began: Began) {
         let id = held.electron.id;
         if self.is_duplicate_of_once(id) {
-            if let Some(ticket) = held.ticket {
-                self.drop_duplicate(ticket);
+            if let Some(claim) = held.ticket {
+                self.drop_duplicate(claim);
             }
             return;
         }
         if let Some(begun) = self.begun.get_mut(&id) {
-            let (Begun::Running(Running { held: first, .. }) | Begun::Pausing { held: first, .. }) =
-                begun;
-            if let Some(ticket) = held.ticket {
-                first.adopt(held.electron, ticket);
+            let first = begun.held_mut();
+            self.out -= first.out();
+            if let Some(claim) = held.ticket {
+                first.adopt(held.electron, claim);
             }
+            self.out += first.out();
             return;
         }
         if held.is_expired(began.instant) {
@@ -77,14 +79,14 @@ impl Worker {
     pub(super) fn take_for_good(&mut self, mut held: Held, permit: Permit) {
         let link = Arc::clone(&self.asker.link);
         self.taking.insert(held.electron.id);
-        let ticket = held.ticket.take().expect("it was looked at");
+        let claim = held.ticket.take().expect("it was looked at");
         self.asked.push(Box::pin(async move {
-            let taken = match link.session() {
-                Some(session) => {
+            let taken = match (link.session(), claim.ticket().await) {
+                (Some(session), Ok(ticket)) => {
                     let batch = vec![(ticket, Outcome::take())];
                     link.settle(&session, batch).await.pop().unwrap_or(Ok(()))
                 }
-                None => Err(SettleError::Stale),
+                _ => Err(SettleError::Stale),
             };
             Step::TakenForGood { held, permit, taken }
         }));
@@ -115,10 +117,10 @@ impl Worker {
     }
 
     /// Removes a second message of the same electron: the answer to the first is the answer.
-    pub(super) fn drop_duplicate(&self, ticket: Ticket) {
+    pub(super) fn drop_duplicate(&self, claim: Claim) {
         let link = Arc::clone(&self.asker.link);
         self.asked.push(Box::pin(async move {
-            if let Some(session) = link.session() {
+            if let (Some(session), Ok(ticket)) = (link.session(), claim.ticket().await) {
                 drop(link.settle(&session, vec![(ticket, Outcome::done(Vec::new()))]).await);
             }
             Step::Settled(Vec::new())
@@ -141,12 +143,13 @@ impl Worker {
         }
         let (id, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
         self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
-        let slot = Arc::new(Slot::new(permit));
+        let run = RunId(self.next_run);
+        self.next_run += 1;
+        let waits = Waits { electron: id, run, to: self.finish.clone() };
+        let slot = Arc::new(Slot::new(permit).tells(waits));
         let context = Context::new(self.asker.clone(), Arc::clone(&held.electron), slot)
             .of_kind(self.atom.kind)
             .until(held.deadline);
-        let run = RunId(self.next_run);
-        self.next_run += 1;
         let report = Report { electron: id, run, to: self.finish.clone(), result: None };
         let blocking = self.atom.options.is_blocking();
         let threads = &self.asker.node.threads;
@@ -155,7 +158,8 @@ impl Worker {
         if let Some((at, _)) = limit {
             self.look_after(id, at);
         }
-        let running = Running { held, began, limit, run, polls: 0, told: false };
+        self.out += held.out();
+        let running = Running { held, began, limit, run, polls: 0, told: false, listed: false };
         self.begun.insert(id, Begun::Running(running));
     }
 

@@ -8,7 +8,9 @@ use std::{
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
-    Electron, ElectronId, Failure, FailureKind, Ticket, clock,
+    Electron, ElectronId, Failure, FailureKind,
+    claim::Claim,
+    clock,
     life::{Fact, State},
     run::Run,
     settle::Spent,
@@ -19,10 +21,10 @@ pub(super) struct Held {
     pub(super) electron: Arc<Electron>,
     pub(super) state: State,
     /// None once it was taken for good: at most once.
-    pub(super) ticket: Option<Ticket>,
+    pub(super) ticket: Option<Claim>,
     /// Deliveries of the same electron that came while it was here: after its session was lost, or because it
     /// was sent twice. One run answers for all, each as it asks.
-    pub(super) adopted: Vec<(Arc<Electron>, Ticket)>,
+    pub(super) adopted: Vec<(Arc<Electron>, Claim)>,
     /// When nobody wants it any more.
     pub(super) deadline: Option<Instant>,
     /// Its turn as a suspect.
@@ -30,14 +32,25 @@ pub(super) struct Held {
 }
 
 impl Held {
-    pub(super) fn adopt(&mut self, electron: Arc<Electron>, ticket: Ticket) {
+    pub(super) fn adopt(&mut self, electron: Arc<Electron>, claim: Claim) {
         // What an earlier session delivered went back when it ended.
-        let epoch = ticket.epoch();
-        self.adopted.retain(|(_, held)| held.epoch() == epoch);
+        let epoch = claim.epoch();
+        let is_gone = |held: &Claim| held.epoch() != epoch || held.is_lost();
+        self.adopted.retain(|(_, held)| !is_gone(held));
         match &mut self.ticket {
-            Some(held) if held.epoch() != epoch => *held = ticket,
-            _ => self.adopted.push((electron, ticket)),
+            Some(held) if is_gone(held) => *held = claim,
+            _ => self.adopted.push((electron, claim)),
         }
+    }
+
+    pub(super) fn claims_mut(&mut self) -> impl Iterator<Item = &mut Claim> {
+        self.ticket.iter_mut().chain(self.adopted.iter_mut().map(|(_, claim)| claim))
+    }
+
+    /// How many of its deliveries count against the window.
+    pub(super) fn out(&self) -> usize {
+        let adopted = self.adopted.iter().filter(|(_, claim)| claim.is_delivered()).count();
+        adopted + usize::from(self.ticket.as_ref().is_some_and(Claim::is_delivered))
     }
 
     /// Moves on in its life.
@@ -52,8 +65,8 @@ impl Held {
     }
 
     /// Each delivery, to be settled.
-    pub(super) fn deliveries(self) -> impl Iterator<Item = (Arc<Electron>, Option<Ticket>)> {
-        let adopted = self.adopted.into_iter().map(|(electron, ticket)| (electron, Some(ticket)));
+    pub(super) fn deliveries(self) -> impl Iterator<Item = (Arc<Electron>, Option<Claim>)> {
+        let adopted = self.adopted.into_iter().map(|(electron, claim)| (electron, Some(claim)));
         adopted.chain([(self.electron, self.ticket)])
     }
 
@@ -67,6 +80,13 @@ pub(super) enum Begun {
     Pausing { held: Held, failure: Failure, until: Instant },
 }
 
+impl Begun {
+    pub(super) fn held_mut(&mut self) -> &mut Held {
+        let (Self::Running(Running { held, .. }) | Self::Pausing { held, .. }) = self;
+        held
+    }
+}
+
 pub(super) struct Running {
     pub(super) held: Held,
     pub(super) began: Began,
@@ -76,6 +96,8 @@ pub(super) struct Running {
     /// How often it had been polled at the last tick.
     pub(super) polls: u32,
     pub(super) told: bool,
+    /// It is among the parents that may be parked.
+    pub(super) listed: bool,
 }
 
 pub(super) struct Overdue {

@@ -14,7 +14,7 @@ use crate::{
     error::{Directive, Failed},
     life::{Attempt, Fact, Leave, State},
     node::Stage,
-    run::{Reported, RunId, RunResult},
+    run::{Reported, RunId, RunResult, What},
     settle::{Settled, Settlement, Verdict, Why, put_back, settle},
 };
 
@@ -23,7 +23,14 @@ impl Worker {
     pub(super) fn on_finished(&mut self, count: usize) {
         let mut batch = Vec::with_capacity(count);
         let mut reports = std::mem::take(&mut self.reports);
-        for Reported { electron, run, result } in reports.drain(..) {
+        for Reported { electron, run, what } in reports.drain(..) {
+            let result = match what {
+                What::Waits => {
+                    self.on_waits(electron, run);
+                    continue;
+                }
+                What::Ended(result) => result,
+            };
             match self.take_running(electron, run) {
                 Some(running) => self.finish(running, result, &mut batch),
                 None => self.ended_late(run),
@@ -44,7 +51,10 @@ impl Worker {
             self.alarms.remove(&(at, electron));
         }
         match self.begun.remove(&electron) {
-            Some(Begun::Running(running)) => Some(running),
+            Some(Begun::Running(running)) => {
+                self.out -= running.held.out();
+                Some(running)
+            }
             _ => None,
         }
     }
@@ -153,6 +163,7 @@ impl Worker {
         electron.remember(failure.clone());
         held.electron = Arc::new(electron);
         let until = Instant::now() + wait;
+        self.out += held.out();
         self.begun.insert(id, Begun::Pausing { held, failure, until });
         self.alarms.insert((until, id));
     }
@@ -176,6 +187,7 @@ impl Worker {
             copy.deadline = deadline;
             match why {
                 Why::Untried(_) => copy.passes = copy.passes.saturating_add(1),
+                Why::Late(_) => {}
                 Why::Failed { failure, .. } => {
                     copy.attempts = failure.attempt;
                     // A pause that the drain cut short has put it in already.
@@ -229,7 +241,12 @@ impl Worker {
         }
     }
 
-    pub(super) fn settle(&self, batch: Vec<Settlement>) {
+    pub(super) fn settle(&self, mut batch: Vec<Settlement>) {
+        // What is being parked must not hold up the rest.
+        for settlement in batch.extract_if(.., |settlement| settlement.is_parking()) {
+            let settling = settle(self.asker.clone(), vec![settlement]);
+            self.asked.push(Box::pin(settling.map(Step::Settled)));
+        }
         if batch.is_empty() {
             return;
         }

@@ -32,6 +32,7 @@ impl Worker {
             }
             Some(Begun::Pausing { until, .. }) if *until <= now => {
                 if let Some(Begun::Pausing { mut held, .. }) = self.begun.remove(&electron) {
+                    self.out -= held.out();
                     held.on(Fact::Rested);
                     self.ready.push_back(held);
                 }
@@ -90,6 +91,7 @@ impl Worker {
             self.emit(|atom| EventKind::Blocking { electron, atom, attempt });
         }
         self.tell_of_overdue(now);
+        self.let_go_of_late(now);
     }
 
     pub(super) fn tell_of_overdue(&mut self, now: Instant) {

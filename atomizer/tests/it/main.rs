@@ -12,6 +12,7 @@ mod drain;
 mod ends;
 mod events;
 mod fan_out;
+mod holding;
 mod instances;
 mod kinds;
 mod limits;

@@ -24,14 +24,14 @@ use lapin::{
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{sleep_until, timeout},
 };
 
 use crate::{
     acks::Acks,
     connect::plain,
     convert,
-    lease::{Held, Parked},
+    lease::{Held, Parked, Renew, Replaced, was_never_sent},
     life::{Life, REQUEST_TIMEOUT},
     publisher::{Publisher, Via},
     watchdog::Watchdog,
@@ -44,16 +44,19 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many commands are carried out before acknowledgements are sent.
 const COMMANDS_MAX: usize = 256;
 
-/// What a settler is asked to do with one delivery, named by its tag.
+/// What a settler is asked to do with one delivery, named by the key in its ticket: its tag, or a number of ours for
+/// what is parked.
 pub(crate) enum Command {
     /// Makes these safe, then acknowledges.
-    Settle { tag: u64, emit: Vec<Envelope>, via: Via, done: Done },
+    Settle { key: u64, emit: Vec<Envelope>, via: Via, done: Done },
     /// Acknowledges; done when the broker has carried it out.
-    Take { tag: u64, done: Done },
+    Take { key: u64, done: Done },
     /// Gives it back to the queue that it came from; what is parked, to that of its atom.
-    Release { tag: u64 },
+    Release { key: u64 },
     /// Holds what came through the lease queue.
-    Hold { tag: u64, parked: Parked },
+    Hold { key: u64, tag: u64, parked: Parked },
+    /// Holds this copy in place of the one that it renews.
+    Renewed { key: u64, tag: u64, parked: Parked },
     /// Has the broker give back what came through the lease queue.
     Reject { tag: u64 },
     /// Gives back all that is parked, now and from now on.
@@ -104,7 +107,7 @@ impl Lanes {
 impl Release for Lanes {
     fn release(&self, channel: u32, key: u64) {
         // A lane that has ended has nothing out: the broker took it back with the channel.
-        self.command(channel, Command::Release { tag: key });
+        self.command(channel, Command::Release { key });
     }
 }
 
@@ -117,9 +120,9 @@ pub(crate) struct LaneId {
 }
 
 impl LaneId {
-    pub(crate) fn ticket(&self, tag: u64) -> Ticket {
+    pub(crate) fn ticket(&self, key: u64) -> Ticket {
         let lanes: Arc<dyn Release> = Arc::clone(&self.lanes) as _;
-        Ticket::new(self.epoch, self.number, tag, lanes)
+        Ticket::new(self.epoch, self.number, key, lanes)
     }
 }
 
@@ -139,7 +142,7 @@ pub(crate) struct Settler {
     pub(crate) parked: Option<Held>,
 }
 
-/// A delivery, what of its emission is not safe, and who waits for the result.
+/// A delivery by its key, what of its emission is not safe, and who waits for the result.
 type Published = (u64, Vec<(Envelope, SendError)>, Done);
 
 /// What a settler has under way.
@@ -151,6 +154,9 @@ struct Work {
     settled: Vec<(u64, Done)>,
     /// Done when they are carried out.
     taken: Vec<(u64, Done)>,
+    renewing: FuturesUnordered<BoxFuture<'static, Published>>,
+    /// Copies that are gone when the acknowledgements are sent.
+    replaced: Vec<Parked>,
 }
 
 impl Work {
@@ -176,6 +182,8 @@ impl Settler {
                     }
                 }
                 Some(published) = work.publishing.next() => self.published(published, &mut work),
+                Some(published) = work.renewing.next() => self.renewal_published(&published),
+                () = due(self.parked.as_ref()) => self.renew(&work),
             }
             while let Some(Some(published)) = work.publishing.next().now_or_never() {
                 self.published(published, &mut work);
@@ -192,39 +200,49 @@ impl Settler {
     }
 
     async fn carry_out(&mut self, command: Command, work: &mut Work) -> Result<(), SessionError> {
+        let command = match &mut self.parked {
+            Some(held) => held.put_off(command),
+            None => Some(command),
+        };
+        let Some(command) = command else { return Ok(()) };
         match command {
-            Command::Settle { tag, done, .. } | Command::Take { tag, done }
-                if !self.may_settle(tag) =>
+            Command::Settle { key, done, .. } | Command::Take { key, done }
+                if !self.may_settle(key) =>
             {
                 drop(done.send(Err(SettleError::Stale)));
             }
-            Command::Settle { tag, emit, done, .. } if emit.is_empty() => {
-                work.acks.acknowledge(tag);
-                work.settled.push((tag, done));
+            Command::Settle { key, emit, done, .. } if emit.is_empty() => {
+                self.remove(key, work);
+                work.settled.push((key, done));
             }
-            Command::Settle { tag, emit, via, done } => self.publish(tag, emit, via, done, work),
-            Command::Take { tag, done } => {
-                work.acks.acknowledge(tag);
-                work.taken.push((tag, done));
+            Command::Settle { key, emit, via, done } => self.publish(key, emit, via, done, work),
+            Command::Take { key, done } => {
+                self.remove(key, work);
+                work.taken.push((key, done));
             }
-            Command::Release { tag } => match &mut self.parked {
+            Command::Release { key } => match &mut self.parked {
                 None => {
-                    work.acks.returned(tag);
-                    self.negative(tag, true).await?;
+                    work.acks.returned(key);
+                    self.negative(key, true).await?;
                 }
                 Some(parked) => {
-                    let copy = parked.give_back(tag);
+                    let copy = parked.give_back(key);
                     self.give_back(copy, work);
                 }
             },
-            Command::Hold { tag, parked } => {
-                let copy = self.parked.as_mut().and_then(|held| held.hold(tag, parked));
+            Command::Hold { key, tag, parked } => {
+                let copy = self.parked.as_mut().and_then(|held| held.hold(key, tag, parked));
                 self.give_back(copy, work);
             }
-            Command::Reject { tag } => {
-                if let Some(parked) = &mut self.parked {
-                    parked.rejected(tag);
+            Command::Renewed { key, tag, parked } => {
+                let replaced = self.parked.as_mut().and_then(|held| held.renewed(key, tag, parked));
+                if let Some(Replaced { tag, parked, then }) = replaced {
+                    work.acks.acknowledge(tag);
+                    work.replaced.push(parked);
+                    self.again(then);
                 }
+            }
+            Command::Reject { tag } => {
                 work.acks.returned(tag);
                 self.negative(tag, false).await?;
             }
@@ -237,39 +255,75 @@ impl Settler {
     }
 
     /// What is parked may have been given back already, while its ticket was still out.
-    fn may_settle(&mut self, tag: u64) -> bool {
-        self.parked.as_mut().is_none_or(|parked| parked.settle(tag))
+    fn may_settle(&mut self, key: u64) -> bool {
+        self.parked.as_mut().is_none_or(|parked| parked.settle(key))
     }
 
-    fn publish(&self, tag: u64, emit: Vec<Envelope>, via: Via, done: Done, work: &Work) {
-        work.publishing.push(Box::pin(publish(self.publisher.clone(), tag, emit, via, done)));
+    /// Notes that a delivery is to be acknowledged.
+    fn remove(&self, key: u64, work: &mut Work) {
+        let tag = self.parked.as_ref().map_or(Some(key), |parked| parked.tag(key));
+        if let Some(tag) = tag {
+            work.acks.acknowledge(tag);
+        }
+    }
+
+    /// Carries out what waited for a renewal.
+    fn again(&self, put_off: impl IntoIterator<Item = Command>) {
+        for command in put_off {
+            // Where the lane has ended, whoever waits for the result is told by its end.
+            self.id.lanes.command(self.id.number, command);
+        }
+    }
+
+    /// Publishes copies of what has been held for long.
+    fn renew(&mut self, work: &Work) {
+        let Some((copies, put_off)) = self.parked.as_mut().map(Held::renew) else { return };
+        self.again(put_off);
+        for Renew { key, copy, via } in copies {
+            // Nobody waits for the result: what counts is that the copy arrives.
+            let (done, _) = oneshot::channel();
+            let publishing = publish(self.publisher.clone(), key, vec![copy], via, done);
+            work.renewing.push(Box::pin(publishing));
+        }
+    }
+
+    fn renewal_published(&mut self, (key, failed, _): &Published) {
+        let Some((_, error)) = failed.first() else { return };
+        tracing::warn!(%error, "a parked electron is not renewed yet");
+        let never_sent = was_never_sent(failed);
+        let put_off = self.parked.as_mut().and_then(|held| held.not_renewed(*key, never_sent));
+        self.again(put_off);
+    }
+
+    fn publish(&self, key: u64, emit: Vec<Envelope>, via: Via, done: Done, work: &Work) {
+        work.publishing.push(Box::pin(publish(self.publisher.clone(), key, emit, via, done)));
     }
 
     /// Publishes copies to the queues of their atoms, to be acknowledged once they are safe there.
     fn give_back(&self, copies: impl IntoIterator<Item = (u64, Envelope)>, work: &Work) {
-        for (tag, copy) in copies {
+        for (key, copy) in copies {
             // Nobody waits for the result.
             let (done, _) = oneshot::channel();
-            self.publish(tag, vec![copy], Via::Back, done, work);
+            self.publish(key, vec![copy], Via::Back, done, work);
         }
     }
 
-    fn published(&mut self, (tag, failed, done): Published, work: &mut Work) {
+    fn published(&mut self, (key, failed, done): Published, work: &mut Work) {
         if failed.is_empty() {
-            work.acks.acknowledge(tag);
-            work.settled.push((tag, done));
+            self.remove(key, work);
+            work.settled.push((key, done));
         } else if failed.iter().any(|(_, error)| matches!(error, SendError::Unknown(_))) {
             // The session is ending, and the delivery comes again: there is nothing more to decide.
             let unknown = SessionError::lost("an answer is not known to have arrived");
             drop(done.send(Err(SettleError::Unknown(unknown))));
-        } else if self.parked.as_mut().is_none_or(|parked| parked.not_safe(tag)) {
-            let not_safe = SettleError::NotSafe { ticket: self.id.ticket(tag), failed };
+        } else if self.parked.as_mut().is_none_or(|parked| parked.not_safe(key)) {
+            let not_safe = SettleError::NotSafe { ticket: self.id.ticket(key), failed };
             // When nobody waits for it, the ticket in it is dropped, and so releases the delivery.
             drop(done.send(Err(not_safe)));
-        } else {
+        } else if let Some(tag) = self.parked.as_mut().and_then(|parked| parked.rejected(key)) {
             let reason = failed.first().map(|(_, error)| error.to_string());
             tracing::warn!(reason, "a parked electron is left to the broker to give back");
-            self.id.lanes.command(self.id.number, Command::Reject { tag });
+            self.again([Command::Reject { tag }]);
         }
     }
 
@@ -281,6 +335,7 @@ impl Settler {
     /// Sends the acknowledgements, and tells those who wait for them.
     async fn finish(&mut self, work: &mut Work) -> Result<(), SessionError> {
         self.acknowledge(&mut work.acks).await?;
+        work.replaced.drain(..).for_each(Parked::gone);
         self.tell(&mut work.settled);
         if !work.taken.is_empty() {
             self.barrier().await?;
@@ -290,9 +345,9 @@ impl Settler {
     }
 
     fn tell(&mut self, waiting: &mut Vec<(u64, Done)>) {
-        for (tag, done) in waiting.drain(..) {
+        for (key, done) in waiting.drain(..) {
             if let Some(parked) = &mut self.parked {
-                parked.gone(tag);
+                parked.gone(key);
             }
             // An error says that nobody waits for the result any more.
             drop(done.send(Ok(())));
@@ -319,9 +374,17 @@ impl Settler {
     }
 }
 
+/// Waits until something parked is to be renewed.
+async fn due(parked: Option<&Held>) {
+    match parked.and_then(Held::next_due) {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn publish(
     publisher: Publisher,
-    tag: u64,
+    key: u64,
     emit: Vec<Envelope>,
     via: Via,
     done: Done,
@@ -330,7 +393,7 @@ async fn publish(
     let failed = emit.into_iter().zip(results);
     let failed =
         failed.filter_map(|(envelope, result)| result.err().map(|error| (envelope, error)));
-    (tag, failed.collect(), done)
+    (key, failed.collect(), done)
 }
 
 /// What of its window a consumer uses.

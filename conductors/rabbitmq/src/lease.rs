@@ -11,13 +11,28 @@
 //! | while it is held | in the lease queue, unacknowledged | whoever drops the ticket |
 //! | when the session is gone | in the lease queue, ready again | the broker, at once or when its time is up |
 //!
+//! A broker loses its patience with what is held for long. So what has been held for as long as the session may
+//! hold anything is *renewed*: its copy is published to the lease queue once more, and the held one is
+//! acknowledged when the new one is here. The ticket knows it by a number of ours, and means whichever of them is
+//! held:
+//!
+//! | when | where it is | what the ticket means |
+//! |---|---|---|
+//! | before the renewal, and when it fails | in the lease queue, unacknowledged | that |
+//! | until the new copy arrives | in the lease queue, unacknowledged; and ready, or on its way | the old one, and what is done with the ticket waits |
+//! | from then on | in the lease queue, unacknowledged: the old one too, until its acknowledgement is there | the new one |
+//! | when the session ends in between | in the lease queue, ready: both | nothing; it comes twice |
+//!
+//! A copy that does not arrive in time has gone back without us: then the electron comes a second time, while it
+//! is held.
+//!
 //! A session gives back by publishing the copy to the queue of the atom, and acknowledging it once that is
 //! confirmed. The broker would do it too (it leads what is rejected to the same place), but then nobody can
 //! tell when the lease queue is empty: what it has yet to hand on is in none of its counts. And it must not be
 //! deleted before: quorum queues refuse `if-empty` (seen with 3.10.8), and a deleted queue loses what it holds.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -30,7 +45,7 @@ use futures::StreamExt;
 use lapin::{Channel, Consumer, message::Delivery, types::ShortString};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use crate::{
@@ -45,6 +60,12 @@ pub(crate) const PARKED_MAX: u16 = u16::MAX;
 
 /// How long a confirmed copy may take to arrive. Longer than its time in the lease queue: then it has gone back.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How many are renewed at a time, and each second at the least: what was parked at once is not published again at
+/// once. All that can be parked takes four minutes.
+const RENEWING_MAX: u16 = 256;
+/// How long after a renewal that failed, or that there was no room for, the next is tried.
+const RENEW_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// What is known of the copies in the lease queue of a session.
 #[derive(Debug)]
@@ -85,13 +106,17 @@ impl Leases {
         emptied && !self.unknown.load(Ordering::SeqCst)
     }
 
-    /// Makes room for a copy that is about to be published.
+    /// Makes room for a copy that is about to be published; some is kept for those that take the place of others.
     ///
     /// # Errors
     /// [`SendError::NotTaken`] when too many are parked, or the session is closing.
-    fn enter(self: &Arc<Self>, copy: &Envelope) -> Result<Parked, SendError> {
-        let full = |_| SendError::NotTaken(format!("{PARKED_MAX} electrons are parked"));
-        let permit = Arc::clone(&self.room).try_acquire_owned().map_err(full)?;
+    fn enter(self: &Arc<Self>, copy: &Envelope, for_whom: &Waiter) -> Result<Parked, SendError> {
+        let full = || SendError::NotTaken(format!("{PARKED_MAX} electrons are parked"));
+        let kept = if matches!(for_whom, Waiter::Renewal(_)) { 0 } else { RENEWING_MAX.into() };
+        if self.room.available_permits() <= kept {
+            return Err(full());
+        }
+        let permit = Arc::clone(&self.room).try_acquire_owned().map_err(|_| full())?;
         // In this order: who closes waits for permits that are out, and lets nobody in after that.
         self.check_open()?;
         let leases = Arc::clone(self);
@@ -105,7 +130,6 @@ pub(crate) struct Lease {
     leases: Arc<Leases>,
     /// Of the queue, and of the exchange before it.
     name: ShortString,
-    number: u32,
     awaited: Mutex<Awaited>,
 }
 
@@ -119,7 +143,18 @@ struct Awaited {
 #[derive(Debug)]
 struct Await {
     parked: Parked,
-    arrived: oneshot::Sender<Ticket>,
+    /// By which it is known when it is held.
+    key: u64,
+    waiter: Waiter,
+}
+
+/// Who waits for a copy.
+#[derive(Debug)]
+enum Waiter {
+    /// Who parks.
+    Ticket(oneshot::Sender<Ticket>),
+    /// The settler, which holds an older copy by this key.
+    Renewal(u64),
 }
 
 /// An electron in the lease queue. Unless it is said to be [gone](Self::gone), it may be there still when this
@@ -135,7 +170,7 @@ pub(crate) struct Parked {
 
 impl Parked {
     /// Says that it is acknowledged, or was never published.
-    fn gone(mut self) {
+    pub(crate) fn gone(mut self) {
         self.gone = true;
     }
 }
@@ -150,8 +185,8 @@ impl Drop for Parked {
 }
 
 impl Lease {
-    pub(crate) fn new(leases: Arc<Leases>, name: &str, number: u32) -> Arc<Self> {
-        Arc::new(Self { leases, name: name.into(), number, awaited: Mutex::default() })
+    pub(crate) fn new(leases: Arc<Leases>, name: &str) -> Arc<Self> {
+        Arc::new(Self { leases, name: name.into(), awaited: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Awaited> {
@@ -160,11 +195,6 @@ impl Lease {
 
     pub(crate) fn name(&self) -> &str {
         self.name.as_str()
-    }
-
-    /// The lane of what is parked.
-    pub(crate) fn number(&self) -> u32 {
-        self.number
     }
 
     pub(crate) fn has_ended(&self) -> bool {
@@ -176,17 +206,36 @@ impl Lease {
     /// # Errors
     /// [`SendError::NotTaken`] when too many are parked, or nothing can be any more.
     pub(crate) fn expect(self: &Arc<Self>, copy: &Envelope) -> Result<Expected, SendError> {
-        let parked = self.leases.enter(copy)?;
         let (arrived, arrival) = oneshot::channel();
-        let mark = format!("{PARKED}.{}", self.leases.next.fetch_add(1, Ordering::Relaxed));
+        let mark = self.enter(copy, Waiter::Ticket(arrived))?;
+        Ok(Expected { lease: Arc::clone(self), mark, arrival })
+    }
+
+    /// Returns the mark by which a copy is known when it arrives.
+    fn enter(&self, copy: &Envelope, waiter: Waiter) -> Result<String, SendError> {
+        let parked = self.leases.enter(copy, &waiter)?;
+        let key = self.leases.next.fetch_add(1, Ordering::Relaxed);
+        let mark = format!("{PARKED}.{key}");
         let mut awaited = self.lock();
         if awaited.ended {
             parked.gone();
             return Err(SendError::NotTaken("the lease queue was lost".to_owned()));
         }
-        awaited.by_mark.insert(mark.clone(), Await { parked, arrived });
-        drop(awaited);
-        Ok(Expected { lease: Arc::clone(self), mark, arrival })
+        awaited.by_mark.insert(mark.clone(), Await { parked, key, waiter });
+        Ok(mark)
+    }
+
+    /// Forgets a copy; false when it has arrived.
+    fn forget(&self, mark: &str, never_sent: bool) -> bool {
+        let Some(Await { parked, .. }) = self.lock().by_mark.remove(mark) else { return false };
+        if never_sent {
+            parked.gone();
+        }
+        true
+    }
+
+    fn via(&self, mark: &str) -> Via {
+        Via::Lease { exchange: self.name.clone(), mark: mark.into() }
     }
 
     /// Nothing comes any more.
@@ -208,12 +257,11 @@ pub(crate) struct Expected {
 impl Expected {
     /// How to publish it.
     pub(crate) fn via(&self) -> Via {
-        Via::Lease { exchange: self.lease.name.clone(), mark: self.mark.as_str().into() }
+        self.lease.via(&self.mark)
     }
 
     /// Gives up a copy that was not published, or is not confirmed, and returns why.
     pub(crate) fn failed(self, error: SettleError) -> SettleError {
-        let too_large = |error: &SendError| matches!(error, SendError::TooLarge { .. });
         let error = match error {
             SettleError::NotSafe { ticket, failed } => {
                 let failed = failed.into_iter().map(|(copy, error)| (copy, no_lease(error)));
@@ -222,15 +270,11 @@ impl Expected {
             error => error,
         };
         let never_sent = match &error {
-            SettleError::NotSafe { failed, .. } => failed.iter().all(|(_, error)| too_large(error)),
+            SettleError::NotSafe { failed, .. } => was_never_sent(failed),
             SettleError::Stale => true,
             _ => false,
         };
-        if never_sent
-            && let Some(Await { parked, .. }) = self.lease.lock().by_mark.remove(&self.mark)
-        {
-            parked.gone();
-        }
+        self.lease.forget(&self.mark, never_sent);
         error
     }
 
@@ -247,6 +291,10 @@ impl Expected {
     }
 }
 
+pub(crate) fn was_never_sent(failed: &[(Envelope, SendError)]) -> bool {
+    failed.iter().all(|(_, error)| matches!(error, SendError::TooLarge { .. }))
+}
+
 /// That there is no lease queue says nothing about who asked: the next try makes one.
 fn no_lease(error: SendError) -> SendError {
     match error {
@@ -257,7 +305,7 @@ fn no_lease(error: SendError) -> SendError {
 
 impl Drop for Expected {
     fn drop(&mut self) {
-        drop(self.lease.lock().by_mark.remove(&self.mark));
+        self.lease.forget(&self.mark, false);
     }
 }
 
@@ -294,14 +342,21 @@ impl Receiver {
         let tag = delivery.delivery_tag;
         let mark = delivery.properties.app_id().as_ref().map_or("", ShortString::as_str);
         let awaited = self.lease.lock().by_mark.remove(mark);
-        let Some(Await { parked, arrived }) = awaited else {
+        let Some(Await { parked, key, waiter }) = awaited else {
             self.id.lanes.command(self.id.number, Command::Reject { tag });
             return;
         };
-        // In this order: whoever has the ticket may settle it at once.
-        self.id.lanes.command(self.id.number, Command::Hold { tag, parked });
-        // An error says that it came too late, as its time was up: the ticket is dropped, and so gives it back.
-        drop(arrived.send(self.id.ticket(tag)));
+        match waiter {
+            Waiter::Ticket(arrived) => {
+                // In this order: whoever has the ticket may settle it at once.
+                self.id.lanes.command(self.id.number, Command::Hold { key, tag, parked });
+                // An error says that it came too late: the ticket is dropped, and so gives it back.
+                drop(arrived.send(self.id.ticket(key)));
+            }
+            Waiter::Renewal(key) => {
+                self.id.lanes.command(self.id.number, Command::Renewed { key, tag, parked });
+            }
+        }
     }
 }
 
@@ -312,71 +367,222 @@ impl Drop for Receiver {
     }
 }
 
-/// What is parked, by its delivery tag: kept by the task that settles it.
-#[derive(Default)]
+/// What is parked, by the key in its ticket: kept by the task that settles it.
 pub(crate) struct Held {
-    by_tag: HashMap<u64, (Parked, State)>,
+    lease: Arc<Lease>,
+    renew_after: Duration,
+    by_key: HashMap<u64, HeldOne>,
+    /// When which of them is to be renewed.
+    due: BTreeSet<(Instant, u64)>,
+    /// How many are being renewed.
+    renewing: u16,
     closing: bool,
 }
 
+struct HeldOne {
+    /// Of the copy that is held.
+    tag: u64,
+    parked: Parked,
+    state: State,
+    due: Instant,
+}
+
 /// Who has to do with something parked.
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     /// The holder of its ticket.
     Out,
+    /// The holder of its ticket, and it is being renewed.
+    Renewing(Renewal),
     /// The settler.
     Settling,
     /// The settler, on behalf of nobody.
     GivingBack,
 }
 
+/// A new copy that is under way.
+struct Renewal {
+    mark: String,
+    since: Instant,
+    /// What is to be done once it is here.
+    then: Option<Command>,
+}
+
+/// A copy to be published again.
+pub(crate) struct Renew {
+    pub(crate) key: u64,
+    pub(crate) copy: Envelope,
+    pub(crate) via: Via,
+}
+
 impl Held {
-    /// Takes in what has arrived. Returns what is to be given back at once.
-    pub(crate) fn hold(&mut self, tag: u64, parked: Parked) -> Option<(u64, Envelope)> {
-        self.by_tag.insert(tag, (parked, State::Out));
-        if self.closing { self.give_back(tag) } else { None }
+    pub(crate) fn new(lease: Arc<Lease>, renew_after: Duration) -> Self {
+        Self {
+            lease,
+            renew_after,
+            by_key: HashMap::new(),
+            due: BTreeSet::new(),
+            renewing: 0,
+            closing: false,
+        }
     }
 
-    fn change(&mut self, tag: u64, from: State, to: State) -> Option<&Parked> {
-        let (parked, state) = self.by_tag.get_mut(&tag)?;
-        (*state == from).then(|| {
-            *state = to;
-            &*parked
+    /// Returns the tag of the copy that is held.
+    pub(crate) fn tag(&self, key: u64) -> Option<u64> {
+        self.by_key.get(&key).map(|held| held.tag)
+    }
+
+    /// Takes in what has arrived. Returns what is to be given back at once.
+    pub(crate) fn hold(&mut self, key: u64, tag: u64, parked: Parked) -> Option<(u64, Envelope)> {
+        let due = Instant::now();
+        self.by_key.insert(key, HeldOne { tag, parked, state: State::Out, due });
+        self.renew_in(key, self.renew_after);
+        if self.closing { self.give_back(key) } else { None }
+    }
+
+    /// Puts off what is to be done with something that is being renewed. Returns what is to be done now.
+    pub(crate) fn put_off(&mut self, command: Command) -> Option<Command> {
+        let (Command::Settle { key, .. } | Command::Take { key, .. } | Command::Release { key }) =
+            &command
+        else {
+            return Some(command);
+        };
+        match self.by_key.get_mut(key).map(|held| &mut held.state) {
+            Some(State::Renewing(Renewal { then: then @ None, .. })) => {
+                *then = Some(command);
+                None
+            }
+            _ => Some(command),
+        }
+    }
+
+    fn begin(&mut self, key: u64, state: State) -> Option<&Parked> {
+        let held = self.by_key.get_mut(&key)?;
+        matches!(held.state, State::Out).then(|| {
+            held.state = state;
+            &held.parked
         })
     }
 
     /// Begins to settle; false when it has gone back already.
-    pub(crate) fn settle(&mut self, tag: u64) -> bool {
-        self.change(tag, State::Out, State::Settling).is_some()
+    pub(crate) fn settle(&mut self, key: u64) -> bool {
+        self.begin(key, State::Settling).is_some()
     }
 
     /// Begins to give back; nothing when that or something else has begun already.
-    pub(crate) fn give_back(&mut self, tag: u64) -> Option<(u64, Envelope)> {
-        let parked = self.change(tag, State::Out, State::GivingBack)?;
-        Some((tag, parked.copy.clone()))
+    pub(crate) fn give_back(&mut self, key: u64) -> Option<(u64, Envelope)> {
+        let parked = self.begin(key, State::GivingBack)?;
+        Some((key, parked.copy.clone()))
     }
 
     /// Begins to give back everything, and what arrives later as soon as it does.
     pub(crate) fn give_back_all(&mut self) -> Vec<(u64, Envelope)> {
         self.closing = true;
-        let tags: Vec<_> = self.by_tag.keys().copied().collect();
-        tags.into_iter().filter_map(|tag| self.give_back(tag)).collect()
+        let keys: Vec<_> = self.by_key.keys().copied().collect();
+        let now = |key| self.put_off(Command::Release { key }).and_then(|_| self.give_back(key));
+        keys.into_iter().filter_map(now).collect()
     }
 
     /// Notes that a settlement was not safe; false when nobody is there to choose another outcome.
-    pub(crate) fn not_safe(&mut self, tag: u64) -> bool {
-        self.change(tag, State::Settling, State::Out).is_some()
-    }
-
-    /// Notes that it is acknowledged.
-    pub(crate) fn gone(&mut self, tag: u64) {
-        if let Some((parked, _)) = self.by_tag.remove(&tag) {
-            parked.gone();
+    pub(crate) fn not_safe(&mut self, key: u64) -> bool {
+        match self.by_key.get_mut(&key) {
+            Some(held) if matches!(held.state, State::Settling) => {
+                held.state = State::Out;
+                true
+            }
+            _ => false,
         }
     }
 
-    /// Notes that it is rejected. The broker does not say when it has handed it on.
-    pub(crate) fn rejected(&mut self, tag: u64) {
-        drop(self.by_tag.remove(&tag));
+    /// Notes that it is acknowledged.
+    pub(crate) fn gone(&mut self, key: u64) {
+        if let Some(held) = self.remove(key) {
+            held.parked.gone();
+        }
     }
+
+    /// Notes that it is to be rejected, and returns its tag. The broker does not say when it has handed it on.
+    pub(crate) fn rejected(&mut self, key: u64) -> Option<u64> {
+        self.remove(key).map(|held| held.tag)
+    }
+
+    fn remove(&mut self, key: u64) -> Option<HeldOne> {
+        let held = self.by_key.remove(&key)?;
+        self.due.remove(&(held.due, key));
+        Some(held)
+    }
+
+    fn renew_in(&mut self, key: u64, wait: Duration) {
+        let Some(held) = self.by_key.get_mut(&key) else { return };
+        self.due.remove(&(held.due, key));
+        if let Some(due) = Instant::now().checked_add(wait) {
+            held.due = due;
+            self.due.insert((due, key));
+        }
+    }
+
+    /// When something is to be renewed, or looked after.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        self.due.first().map(|(due, _)| *due)
+    }
+
+    /// Begins to renew what is due. Returns what waited for a renewal that has come to nothing, too.
+    pub(crate) fn renew(&mut self) -> (Vec<Renew>, Vec<Command>) {
+        let (mut copies, mut put_off) = (Vec::new(), Vec::new());
+        let now = Instant::now();
+        while let Some(&(_, key)) = self.due.first().filter(|(due, _)| *due <= now) {
+            // Also to look again at what cannot be renewed now.
+            self.renew_in(key, RENEW_AGAIN_AFTER);
+            let Some(held) = self.by_key.get_mut(&key) else { continue };
+            match &held.state {
+                State::Renewing(Renewal { since, .. }) if *since + ARRIVAL_TIMEOUT <= now => {
+                    put_off.extend(self.not_renewed(key, false));
+                }
+                State::Out if self.renewing < RENEWING_MAX && !self.closing => {
+                    let copy = held.parked.copy.clone();
+                    // Without room for it there is some later.
+                    let Ok(mark) = self.lease.enter(&copy, Waiter::Renewal(key)) else { continue };
+                    let via = self.lease.via(&mark);
+                    held.state = State::Renewing(Renewal { mark, since: now, then: None });
+                    self.renewing += 1;
+                    copies.push(Renew { key, copy, via });
+                }
+                _ => {}
+            }
+        }
+        (copies, put_off)
+    }
+
+    /// Takes the new copy in place of the old one. Returns the tag of the old one, which is to be acknowledged,
+    /// and what waited for this.
+    pub(crate) fn renewed(&mut self, key: u64, tag: u64, parked: Parked) -> Option<Replaced> {
+        let held = self.by_key.get_mut(&key)?;
+        let State::Renewing(renewal) = std::mem::replace(&mut held.state, State::Out) else {
+            unreachable!("whatever else is done with it waits")
+        };
+        let tag = std::mem::replace(&mut held.tag, tag);
+        let parked = std::mem::replace(&mut held.parked, parked);
+        self.renewing -= 1;
+        self.renew_in(key, self.renew_after);
+        Some(Replaced { tag, parked, then: renewal.then })
+    }
+
+    /// Gives up a renewal for now, unless the new copy has arrived. Returns what waited for it.
+    pub(crate) fn not_renewed(&mut self, key: u64, never_sent: bool) -> Option<Command> {
+        let held = self.by_key.get_mut(&key)?;
+        let State::Renewing(Renewal { mark, then, .. }) = &mut held.state else { return None };
+        if !self.lease.forget(mark, never_sent) {
+            return None;
+        }
+        let then = then.take();
+        held.state = State::Out;
+        self.renewing -= 1;
+        then
+    }
+}
+
+/// A copy in whose place another is held.
+pub(crate) struct Replaced {
+    pub(crate) tag: u64,
+    pub(crate) parked: Parked,
+    pub(crate) then: Option<Command>,
 }

@@ -29,9 +29,9 @@
 //! | what one session has parked | `<namespace>.lease.<node id>.<session>` | quorum, durable, expires 2 h after the session is gone; with an exchange (fanout, durable, auto-delete) of the same name |
 //!
 //! The last is made when something is parked for the first time. The broker gives back what is in it within 5 s
-//! of the end of the session. Before version 3.12 a broker also takes back what is held longer than its
-//! `consumer_timeout`, 30 min by default; it then runs again. What was parked carries `atomizer-parked` in the
-//! property `app_id`, by which it is known as delivered before.
+//! of the end of the session. What is parked is published there again before the broker loses its patience with what
+//! is held ([`RabbitMq::hold_max`]). What was parked carries `atomizer-parked` in the property `app_id`, by which it
+//! is known as delivered before.
 //!
 //! A user needs the permissions configure, write and read for all of `<namespace>` and `<namespace>.*`, and write
 //! for `amq.default`.
@@ -95,6 +95,9 @@ impl RabbitMq {
     /// The longest payload unless told otherwise: 16 MiB, which RabbitMQ 4 takes by default.
     pub const PAYLOAD_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+    /// How long a delivery may be held unless told otherwise: 10 min, a third of what brokers grant by default.
+    pub const HOLD_MAX: Duration = Duration::from_secs(10 * 60);
+
     /// Describes a broker by its URL: `amqp://user:password@host:port/vhost`.
     ///
     /// What is left out is `guest`, `guest`, 5672 (5671 with TLS) and the virtual host `/`. The query may have
@@ -118,7 +121,9 @@ impl RabbitMq {
             addresses: Addresses::parse(url)?,
             topology: Topology::new("atomizer"),
             options: Options {
-                limits: Limits::new(Self::PAYLOAD_BYTES_MAX).delay_max(delay::DELAY_MAX),
+                limits: Limits::new(Self::PAYLOAD_BYTES_MAX)
+                    .delay_max(delay::DELAY_MAX)
+                    .hold_max(Self::HOLD_MAX),
                 watchdog: watchdog::PERIOD_DEFAULT,
                 moves: Moves::default(),
             },
@@ -156,6 +161,18 @@ impl RabbitMq {
     #[must_use]
     pub fn dead_letters(&self) -> DeadLetters {
         DeadLetters::new(&self.addresses, &self.topology, self.options.limits)
+    }
+
+    /// Sets how long a delivery may be held before it is parked, renewed or given back; [`RabbitMq::HOLD_MAX`] unless
+    /// told otherwise.
+    ///
+    /// A broker takes back what is held longer than its `consumer_timeout` (30 min by default), and closes the
+    /// channel over it. A node looks once a second, and moving what is held takes its time: keep this below a third
+    /// of the broker's.
+    #[must_use]
+    pub fn hold_max(mut self, hold_max: Duration) -> Self {
+        self.options.limits.hold_max = hold_max;
+        self
     }
 }
 

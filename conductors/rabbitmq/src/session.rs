@@ -26,6 +26,7 @@ use lapin::{
     types::FieldTable,
 };
 use tokio::{
+    runtime::Handle,
     sync::{Mutex as AsyncMutex, mpsc, oneshot},
     task::JoinSet,
     time::timeout,
@@ -68,8 +69,8 @@ pub(crate) struct RabbitSession {
     publisher: Publisher,
     lanes: Arc<Lanes>,
     leases: Arc<Leases>,
-    /// The way to park, once something was parked.
-    lease: AsyncMutex<Option<Arc<Lease>>>,
+    /// The way to park, and the lane of what is parked, once something was.
+    lease: AsyncMutex<Option<(Arc<Lease>, LaneId)>>,
     life: Life,
     /// Whether the inbox was not there, and what was sent to it may be lost, until that is told.
     inbox_is_new: AtomicBool,
@@ -186,7 +187,8 @@ impl RabbitSession {
         prefetch: u16,
     ) -> Result<(Channel, Consumer), SessionError> {
         let channel = self.life.bound(REQUEST_TIMEOUT, self.consuming.create_channel()).await?;
-        let mut unused = Unused { session: self, channel: Some(channel.clone()) };
+        let runtime = Handle::current();
+        let mut unused = Unused { session: self, channel: Some(channel.clone()), runtime };
         let consuming = async {
             channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
             let options = BasicConsumeOptions::default();
@@ -200,9 +202,13 @@ impl RabbitSession {
 
     /// Runs a task for as long as the session is there.
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.spawn_on(&Handle::current(), task);
+    }
+
+    fn spawn_on(&self, runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(task);
+        tasks.spawn_on(task, runtime);
     }
 
     /// Begins a lane: the task that settles what a channel delivers. Returns its id, and what resolves when
@@ -241,11 +247,11 @@ impl RabbitSession {
         outcome: Outcome,
     ) -> Result<oneshot::Receiver<Result<(), SettleError>>, SettleError> {
         match outcome {
-            Outcome::Done { emit, .. } => self.hand_over(ticket, |tag, done| {
+            Outcome::Done { emit, .. } => self.hand_over(ticket, |key, done| {
                 let via = Via::Address;
-                Command::Settle { tag, emit, via, done }
+                Command::Settle { key, emit, via, done }
             }),
-            Outcome::Take { .. } => self.hand_over(ticket, |tag, done| Command::Take { tag, done }),
+            Outcome::Take { .. } => self.hand_over(ticket, |key, done| Command::Take { key, done }),
             _ if ticket.epoch() != self.epoch => Err(SettleError::Stale),
             _ => {
                 drop(ticket);
@@ -265,8 +271,8 @@ impl RabbitSession {
             return Err(SettleError::Stale);
         }
         let (done, settled) = oneshot::channel();
-        let (number, tag) = ticket.take();
-        if self.lanes.command(number, command(tag, done)) {
+        let (number, key) = ticket.take();
+        if self.lanes.command(number, command(key, done)) {
             Ok(settled)
         } else {
             Err(SettleError::Stale)
@@ -277,7 +283,7 @@ impl RabbitSession {
     async fn lease(&self) -> Result<Arc<Lease>, SendError> {
         let mut current = self.lease.lock().await;
         self.leases.check_open()?;
-        if let Some(lease) = current.as_ref().filter(|lease| !lease.has_ended()) {
+        if let Some((lease, _)) = current.as_ref().filter(|(lease, _)| !lease.has_ended()) {
             return Ok(Arc::clone(lease));
         }
         let name = self.topology.lease_queue(&self.node, self.epoch);
@@ -286,13 +292,13 @@ impl RabbitSession {
         let consuming = self.consume(&name, PARKED_MAX).await;
         let (channel, consumer) =
             consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
-        let (id, settler_gone) =
-            self.add_lane(&channel, PARKED_MAX, Arc::default(), Some(Held::default()));
-        let lease = Lease::new(Arc::clone(&self.leases), &name, id.number);
+        let lease = Lease::new(Arc::clone(&self.leases), &name);
+        let held = Held::new(Arc::clone(&lease), self.limits().hold_max);
+        let (id, settler_gone) = self.add_lane(&channel, PARKED_MAX, Arc::default(), Some(held));
+        *current = Some((Arc::clone(&lease), id.clone()));
         let (receiving, life) = (Arc::clone(&lease), self.life.clone());
         let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
         self.spawn(receiver.run());
-        *current = Some(Arc::clone(&lease));
         Ok(lease)
     }
 
@@ -301,8 +307,8 @@ impl RabbitSession {
     async fn close_lease(&self) {
         let closing = async {
             self.leases.close();
-            let Some(lease) = self.lease.lock().await.clone() else { return };
-            self.lanes.command(lease.number(), Command::GiveBack);
+            let Some((lease, id)) = self.lease.lock().await.clone() else { return };
+            self.lanes.command(id.number, Command::GiveBack);
             if !self.leases.emptied().await {
                 tracing::debug!("the lease queue may hold something; it expires by itself");
                 return;
@@ -317,18 +323,19 @@ impl RabbitSession {
     }
 }
 
-/// Closes a channel whose consumer nobody waits for any more, because it came too late or its future was dropped. It
-/// may come into being all the same, and would hold what nobody takes from it.
-struct Unused<'a> {
-    session: &'a RabbitSession,
+/// A channel that is closed unless it comes to be used. A consumer that comes into being when nobody waits for it
+/// any more would hold for ever what nobody takes from it: the client keeps it, and with it the channel.
+struct Unused<'session> {
+    session: &'session RabbitSession,
     channel: Option<Channel>,
+    runtime: Handle,
 }
 
 impl Drop for Unused<'_> {
     fn drop(&mut self) {
         let Some(channel) = self.channel.take() else { return };
-        self.session.spawn(async move {
-            let closing = channel.close(REPLY_SUCCESS, "not used".into());
+        self.session.spawn_on(&self.runtime, async move {
+            let closing = channel.close(REPLY_SUCCESS, "too late".into());
             drop(timeout(REQUEST_TIMEOUT, closing).await);
         });
     }
@@ -460,7 +467,7 @@ impl Session for RabbitSession {
         };
         let via = expected.via();
         let emit = vec![copy];
-        let settle = |tag, done| Command::Settle { tag, emit, via, done };
+        let settle = |key, done| Command::Settle { key, emit, via, done };
         let settled = match self.hand_over(ticket, settle) {
             Ok(settled) => settled,
             Err(error) => return Err(expected.failed(error)),

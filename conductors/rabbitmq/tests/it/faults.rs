@@ -15,7 +15,9 @@ use atomizer::{
 use atomizer_test_support::{Broker, Proxy};
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::support::{Double, blocking, delete_queue, rabbit, serve, soon, until, vhost};
+use crate::support::{
+    Double, blocking, delete_queue, impatient, rabbit, serve, soon, until, vhost,
+};
 
 /// Asks for the doubles of so many numbers at once.
 fn ask(asker: &Atomizer, numbers: std::ops::Range<u64>) -> JoinSet<Result<(u64, u64), CallError>> {
@@ -217,15 +219,8 @@ async fn an_electron_in_work_on_a_node_that_is_cut_off_runs_on_another() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_runs_while_the_server_closes_its_channel_is_adopted() {
     const ELECTRONS: usize = 10;
-    let broker = Arc::new(blocking(|| Broker::start().unwrap()).await);
-    let (impatient, url) = (Arc::clone(&broker), broker.url("/"));
-    blocking(move || {
-        // The time-out, and how often a channel looks whether it is over, in milliseconds.
-        let set = "application:set_env(rabbit, consumer_timeout, 3000),
-                   application:set_env(rabbit, channel_tick_interval, 500).";
-        impatient.ctl(&["eval", set]).unwrap();
-    })
-    .await;
+    let broker = impatient().await;
+    let url = broker.url("/");
     let (runs, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
     let held = Held { runs: Arc::clone(&runs), gate: Arc::clone(&gate) };
     let worker = Atomizer::builder().conductor(rabbit(&url)).atom(held).start().await.unwrap();

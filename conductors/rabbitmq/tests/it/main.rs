@@ -7,6 +7,7 @@ mod answers;
 mod dead;
 mod delays;
 mod faults;
+mod holding;
 mod interop;
 mod load;
 mod open;

@@ -1,23 +1,28 @@
 //! What is parked: where it lies, what becomes of it, and what is left behind.
 
-use std::{collections::HashSet, num::NonZeroUsize, sync::Arc};
+use std::{collections::HashSet, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use atomizer::{
     Address, AtomId, Conductor, Delivery, Electron, Envelope, Message, NodeId, Outcome, Payload,
     Session, SettleError, Source, Subscription, Ticket,
 };
+use atomizer_rabbitmq::RabbitMq;
 use atomizer_test_support::{Depth, Permissions, Proxy, Vhost, shared};
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::timeout};
 
-use crate::support::{blocking, rabbit, soon, vhost};
+use crate::support::{PATIENCE, blocking, impatient, rabbit, soon, vhost};
 
 const ATOM: AtomId = AtomId::from_static("parked");
 const QUEUE: &str = "atomizer.atom.parked";
 
 async fn open(url: &str) -> Arc<dyn Session> {
+    open_with(rabbit(url)).await
+}
+
+async fn open_with(conductor: RabbitMq) -> Arc<dyn Session> {
     let node = NodeId::unique("node").unwrap();
-    soon(rabbit(url).open(&node)).await.unwrap()
+    soon(conductor.open(&node)).await.unwrap()
 }
 
 async fn take(session: &dyn Session, window: usize) -> Box<dyn Subscription> {
@@ -32,8 +37,12 @@ async fn next(subscription: &mut Box<dyn Subscription>) -> (Electron, Delivery) 
 }
 
 async fn send(session: &dyn Session) -> Electron {
-    let electron = Electron::new(ATOM, Payload::json("1"));
-    let envelopes = [Envelope::new(Address::Atom(ATOM), electron.clone().into())];
+    send_to(session, ATOM).await
+}
+
+async fn send_to(session: &dyn Session, atom: AtomId) -> Electron {
+    let electron = Electron::new(atom.clone(), Payload::json("1"));
+    let envelopes = [Envelope::new(Address::Atom(atom), electron.clone().into())];
     soon(session.send(&envelopes)).await.remove(0).unwrap();
     electron
 }
@@ -290,6 +299,16 @@ async fn parking_goes_on_when_a_lease_queue_was_deleted() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_in_the_middle_of_much_parking_loses_nothing() {
+    cut_in_the_middle_of_parking(RabbitMq::HOLD_MAX).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_in_the_middle_of_much_renewing_loses_nothing() {
+    cut_in_the_middle_of_parking(Duration::from_millis(1)).await;
+}
+
+/// Parks much, settles a third of it, gives back a third, and is cut off.
+async fn cut_in_the_middle_of_parking(hold_max: Duration) {
     const COUNT: usize = 300;
     let vhost = vhost().await;
     let proxy = Proxy::start(vhost.node().address()).unwrap();
@@ -298,7 +317,7 @@ async fn a_cut_in_the_middle_of_much_parking_loses_nothing() {
     for _ in 0..COUNT {
         left.insert(send(&*sender).await.id);
     }
-    let session = open(&vhost.url_through(proxy.address())).await;
+    let session = open_with(rabbit(&vhost.url_through(proxy.address())).hold_max(hold_max)).await;
     let mut taker = take(&*session, 20).await;
     let mut parking = JoinSet::new();
     let mut held = Vec::new();
@@ -339,4 +358,153 @@ async fn a_cut_in_the_middle_of_much_parking_loses_nothing() {
     other.close().await;
     sender.close().await;
     blocking(move || drop((vhost, proxy))).await;
+}
+
+/// Waits until the server has taken a delivery from who held it for too long.
+pub(crate) async fn patience_ends(url: &str) {
+    let session = open(url).await;
+    let atom = AtomId::from_static("impatience");
+    send_to(&*session, atom.clone()).await;
+    let mut taker = soon(session.subscribe(Source::Atom(atom), NonZeroUsize::MIN)).await.unwrap();
+    let held = next(&mut taker).await;
+    let error = soon(taker.next(NonZeroUsize::MIN)).await.unwrap_err().to_string();
+    assert!(error.contains("PRECONDITION_FAILED") || error.contains("ended"), "{error}");
+    drop((held, taker));
+    session.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_parked_is_renewed_before_the_server_loses_its_patience() {
+    const COUNT: usize = 100;
+    let broker = impatient().await;
+    let url = broker.url("/");
+    let session = open_with(rabbit(&url).hold_max(PATIENCE / 3)).await;
+    let mut taker = take(&*session, 1).await;
+    let mut parked = Vec::new();
+    for _ in 0..COUNT {
+        parked.push(park(&*session, &mut taker).await.1);
+    }
+    for _ in 0..3 {
+        patience_ends(&url).await;
+    }
+    let dropped = parked.pop();
+    let batch = parked.into_iter().map(|ticket| (ticket, Outcome::done(Vec::new())));
+    for settled in soon(session.settle(batch.collect())).await {
+        settled.expect("the ticket is good still");
+    }
+    drop(dropped);
+    let (electron, delivery) = next(&mut taker).await;
+    assert_eq!(electron.attempts, 1, "it was given back as it was changed");
+    settle(&*session, delivery.ticket).await.unwrap();
+    let last = send(&*session).await;
+    let (electron, delivery) = next(&mut taker).await;
+    assert_eq!(electron, last, "nothing came a second time, on a channel that was never closed");
+    settle(&*session, delivery.ticket).await.unwrap();
+    session.close().await;
+    blocking(move || {
+        let left = broker.ctl(&["-q", "list_queues", "name", "messages"]).unwrap();
+        assert!(!left.contains(".lease."), "the lease queue was known to be empty: {left}");
+        drop(broker);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_settled_or_given_back_while_it_is_renewed_is_so_once() {
+    const COUNT: usize = 200;
+    let vhost = Arc::new(vhost().await);
+    // All that is parked is renewed all the time.
+    let session = open_with(rabbit(&vhost.url()).hold_max(Duration::ZERO)).await;
+    let mut taker = take(&*session, 1).await;
+    let (mut left, mut held) = (HashSet::new(), Vec::new());
+    for number in 0..COUNT {
+        left.insert(send(&*session).await.id);
+        // This one, or one that was given back.
+        let (electron, delivery) = next(&mut taker).await;
+        let id = electron.id;
+        let ticket = soon(session.park(delivery.ticket, Arc::new(electron))).await.unwrap();
+        match number % 3 {
+            0 => held.push((id, ticket)),
+            1 => drop(ticket),
+            _ => {
+                settle(&*session, ticket).await.unwrap();
+                assert!(left.remove(&id), "it came once");
+            }
+        }
+    }
+    for (id, ticket) in held {
+        settle(&*session, ticket).await.unwrap();
+        assert!(left.remove(&id), "it came once");
+    }
+    while !left.is_empty() {
+        let (electron, delivery) = next(&mut taker).await;
+        assert!(left.remove(&electron.id), "it came once");
+        settle(&*session, delivery.ticket).await.unwrap();
+    }
+    session.close().await;
+    blocking(move || {
+        assert_eq!(leases(&vhost), (Vec::new(), Vec::new()), "it was known to be empty");
+        assert_eq!(vhost.queue_depth(QUEUE).unwrap(), Some(Depth::default()));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_is_dropped_while_it_renews_loses_nothing() {
+    const COUNT: usize = 100;
+    let vhost = vhost().await;
+    let session = open_with(rabbit(&vhost.url()).hold_max(Duration::ZERO)).await;
+    let mut taker = take(&*session, 1).await;
+    let mut left = HashSet::new();
+    let mut held = Vec::new();
+    for _ in 0..COUNT {
+        let (electron, ticket) = park(&*session, &mut taker).await;
+        left.insert(electron.id);
+        held.push(ticket);
+    }
+    drop((session, taker));
+    let other = open(&vhost.url()).await;
+    let mut taker = take(&*other, 20).await;
+    while !left.is_empty() {
+        let (electron, delivery) = next(&mut taker).await;
+        assert!(delivery.redeliveries > 0, "a redelivery is known as one");
+        settle(&*other, delivery.ticket).await.unwrap();
+        left.remove(&electron.id);
+    }
+    drop(held);
+    other.close().await;
+    blocking(move || drop(vhost)).await;
+}
+
+/// The first to park in a session makes the lease queue and its consumer. A consumer of which nobody knows would hold
+/// what is parked from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_parks_on_when_its_first_parking_was_dropped_at_any_moment() {
+    const MOMENTS: u32 = 60;
+    let vhost = vhost().await;
+    let mut parked = 0;
+    for moment in 0..MOMENTS {
+        let session = open(&vhost.url()).await;
+        let mut taker = take(&*session, 1).await;
+        send(&*session).await;
+        let (electron, delivery) = next(&mut taker).await;
+        let spent = Duration::from_micros(250) * moment;
+        let parking = session.park(delivery.ticket, Arc::new(electron));
+        if let Ok(ticket) = timeout(spent, parking).await {
+            parked += 1;
+            drop(ticket);
+        }
+        for _ in 0..2 {
+            let (electron, delivery) = next(&mut taker).await;
+            let parking = session.park(delivery.ticket, Arc::new(electron));
+            // Far sooner than a parking that waits in vain gives up.
+            let ticket = timeout(Duration::from_secs(15), parking).await;
+            drop(ticket.expect("its copy arrives").unwrap());
+        }
+        let (_, delivery) = next(&mut taker).await;
+        settle(&*session, delivery.ticket).await.unwrap();
+        session.close().await;
+    }
+    assert!(parked < MOMENTS, "some were dropped");
+    blocking(move || drop(vhost)).await;
 }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use atomizer::{AtomError, EventKind, EventStream, prelude::*};
 use atomizer_rabbitmq::RabbitMq;
-use atomizer_test_support::{Vhost, shared};
+use atomizer_test_support::{Broker, Vhost, shared};
 use tokio::task::spawn_blocking;
 
 /// Runs what blocks, such as starting a broker, beside the runtime.
@@ -34,6 +34,24 @@ pub(crate) async fn until_it_holds(vhost: &Arc<Vhost>, queue: &'static str, mess
         }
     })
     .await;
+}
+
+/// How long an [impatient](impatient) server lets a delivery be held. It looks twice a second.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Starts a server that closes the channel of who holds a delivery for long.
+pub(crate) async fn impatient() -> Arc<Broker> {
+    let start = || {
+        let broker = Broker::start().unwrap();
+        let patience = PATIENCE.as_millis();
+        let set = format!(
+            "application:set_env(rabbit, consumer_timeout, {patience}),
+             application:set_env(rabbit, channel_tick_interval, 500)."
+        );
+        broker.ctl(&["eval", &set]).unwrap();
+        Arc::new(broker)
+    };
+    blocking(start).await
 }
 
 pub(crate) fn rabbit(url: &str) -> RabbitMq {
