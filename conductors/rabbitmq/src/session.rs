@@ -76,6 +76,8 @@ pub(crate) struct RabbitSession {
     inbox_is_new: AtomicBool,
     /// Atoms whose queue was declared through this session.
     declared: Mutex<HashSet<AtomId>>,
+    /// Held while queues are declared: a thousand sends at once are not to declare the same queue a thousand times.
+    declaring: AsyncMutex<()>,
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -133,6 +135,7 @@ impl RabbitSession {
             life,
             inbox_is_new: AtomicBool::new(inbox_is_new),
             declared: Mutex::default(),
+            declaring: AsyncMutex::default(),
             tasks: Mutex::new(tasks),
         })
     }
@@ -158,9 +161,14 @@ impl RabbitSession {
             if let To::Atom(atom) = &envelope.to
                 && !self.declared().contains(atom)
                 && !refused.iter().any(|(refused, _)| refused == atom)
-                && let Err(error) = self.declare_atom(atom).await
             {
-                refused.push((atom.clone(), error));
+                let _turn = self.declaring.lock().await;
+                // Another may have done it meanwhile.
+                if !self.declared().contains(atom)
+                    && let Err(error) = self.declare_atom(atom).await
+                {
+                    refused.push((atom.clone(), error));
+                }
             }
         }
         refused
