@@ -12,9 +12,12 @@ use serde_json::{Number, Value};
 /// `delivery_mode` of messages that the broker writes to disk (AMQP 0-9-1, basic class).
 pub(crate) const PERSISTENT: u8 = 2;
 
-/// Headers that belong to the broker, and beginnings of such (those with a `-` at the end). They are never published again: a copied `x-death` can make the
-/// broker drop a message as a cycle.
-const BROKER_HEADERS: [&str; 7] = [
+/// Headers that belong to the broker, and beginnings of such (those with a `-` at the end). They are never published
+/// again: a copied `x-death` can make the broker drop a message as a cycle, and `CC` and `BCC` (sender-selected
+/// distribution) would have it lead each copy to other queues once more.
+const BROKER_HEADERS: [&str; 9] = [
+    "CC",
+    "BCC",
     "x-death",
     "x-first-death-",
     "x-last-death-",
@@ -205,6 +208,7 @@ mod tests {
             (ShortString::from("x-delivery-count"), AMQPValue::LongInt(3)),
             (ShortString::from("x-death"), AMQPValue::FieldArray(Vec::new().into())),
             (ShortString::from("x-first-death-queue"), AMQPValue::LongString("q".into())),
+            (ShortString::from("CC"), AMQPValue::FieldArray(Vec::new().into())),
             (ShortString::from("x-death-row"), AMQPValue::LongString("kept".into())),
         ]);
         let properties = BasicProperties::default().with_headers(headers.into());
