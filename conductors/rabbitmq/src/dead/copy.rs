@@ -75,9 +75,7 @@ pub(super) fn anew(
 ) -> BasicProperties {
     let mut headers: BTreeMap<ShortString, AMQPValue> = BTreeMap::new();
     for (name, value) in properties.headers().iter().flatten() {
-        // These two would send copies to other queues.
-        let routes = ["CC", "BCC"].contains(&name.as_str());
-        if !routes && !convert::is_the_brokers(name.as_str()) {
+        if !convert::is_the_brokers(name.as_str()) {
             headers.insert(name.clone(), value.clone());
         }
     }
