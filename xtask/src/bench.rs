@@ -1,4 +1,4 @@
-//! `cargo xtask bench`.
+//! `cargo xtask bench` and `cargo xtask recovery`.
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -14,13 +14,35 @@ pub(crate) enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
+    /// Measures nodes over a private RabbitMQ against a bare client of the same guarantees.
+    #[command(disable_help_flag = true)]
+    Rabbitmq {
+        /// Arguments of the benchmark itself; `--help` lists them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        arguments: Vec<String>,
+    },
+}
+
+/// What `cargo xtask recovery` can be told.
+#[derive(Debug, clap::Args)]
+#[command(disable_help_flag = true)]
+pub(crate) struct Recovery {
+    /// Arguments of the measurement itself; `--help` lists them.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    arguments: Vec<String>,
 }
 
 /// Builds the benchmark in release mode and runs it.
 pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::InProcess { arguments } => run_bin("in-process", arguments),
+        Bench::Rabbitmq { arguments } => run_bin("rabbitmq", arguments),
     }
+}
+
+/// Builds the measurement in release mode and runs it.
+pub(crate) fn recovery(recovery: &Recovery) -> Result<()> {
+    run_bin("recovery", &recovery.arguments)
 }
 
 fn run_bin(name: &str, arguments: &[String]) -> Result<()> {
@@ -30,6 +52,6 @@ fn run_bin(name: &str, arguments: &[String]) -> Result<()> {
         .args(arguments)
         .status()
         .context("failed to run cargo")?;
-    ensure!(status.success(), "the benchmark failed: {status}");
+    ensure!(status.success(), "the measurement failed: {status}");
     Ok(())
 }

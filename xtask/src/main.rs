@@ -35,7 +35,9 @@ Examples:
   cargo xtask test --rabbitmq 4.0     run them on a newer RabbitMQ
   cargo xtask ci                      do everything that is checked before a merge
   cargo xtask sabotage                break the code on purpose, and see whether the tests notice
-  cargo xtask bench in-process --help say what the benchmark can do"
+  cargo xtask bench in-process --help say what the benchmark can do
+  cargo xtask bench rabbitmq          measure nodes over RabbitMQ against a bare client
+  cargo xtask recovery --smoke        bring about each fault once, and see everything recover"
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -81,6 +83,8 @@ enum Command {
     /// Measures how fast things are.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Measures how long it takes after each fault of a broker until electrons flow again.
+    Recovery(bench::Recovery),
 }
 
 fn main() -> ExitCode {
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Sabotage(options) => sabotage::run(&options),
         Command::Bench(bench) => bench::run(&bench),
+        Command::Recovery(recovery) => bench::recovery(&recovery),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,17 +3,23 @@
 //! Both sides use the same broker, the same runtime and queues with the same arguments (the reference uses those
 //! that a node has made). They run in turn, so that a machine whose speed drifts slows both; medians are compared.
 
+mod emptied;
 mod ours;
 mod reference;
 
-use std::{io::IsTerminal as _, time::Duration};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use atomizer_bench::median;
-use atomizer_test_support::{Broker, Vhost};
+use anyhow::{Context as _, Result, ensure};
+use atomizer_bench::{Progress, median};
+use atomizer_test_support::{Broker, Depth, Vhost};
 use clap::{Parser, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::task::block_in_place;
+
+use emptied::Emptied;
+use reference::Headers;
+
+/// The queue of the atom, as a node names it.
+const QUEUE: &str = "atomizer.atom.noop";
 
 /// Measures Atomizer over RabbitMQ against a bare lapin program of the same guarantees.
 ///
@@ -49,6 +55,10 @@ struct Args {
     /// Calls in each round of `call_256`; `call_1` makes a twentieth as many.
     #[arg(long, default_value_t = 8_000, value_parser = clap::value_parser!(u64).range(1_000..=10_000_000))]
     calls: u64,
+    /// Have the reference send the properties and headers of an electron with each message, though it needs none of
+    /// them: what is left between the two is not the format's, but ours.
+    #[arg(long)]
+    same_headers: bool,
     /// Print a JSON object for each case, and for each round to stderr.
     #[arg(long)]
     json: bool,
@@ -108,6 +118,7 @@ fn main() -> Result<()> {
 }
 
 async fn measure(broker: &Broker, args: &Args) -> Result<()> {
+    let headers = if args.same_headers { Headers::AnElectrons } else { Headers::None };
     let wanted = |case| args.case.is_empty() || args.case.contains(&case);
     let stores = wanted(Case::Publish) || wanted(Case::Drain);
     let cases =
@@ -117,7 +128,7 @@ async fn measure(broker: &Broker, args: &Args) -> Result<()> {
     if stores {
         for (side, counts) in turns(args.rounds) {
             let vhost = vhost(broker)?;
-            let (published, drained) = store(side, &vhost.url(), args.electrons).await?;
+            let (published, drained) = store(side, headers, &vhost, args.electrons).await?;
             if counts {
                 publish.note(side, args.electrons, published);
                 drain.note(side, args.electrons, drained);
@@ -143,7 +154,7 @@ async fn measure(broker: &Broker, args: &Args) -> Result<()> {
             let url = vhost.url();
             let took = match side {
                 Side::Ours => ours::call(&url, calls, in_flight).await?,
-                Side::Reference => reference::call(&url, calls, in_flight).await?,
+                Side::Reference => reference::call(&url, headers, calls, in_flight).await?,
             };
             if counts {
                 rates.note(side, calls, took);
@@ -168,16 +179,28 @@ fn turns(rounds: u32) -> impl Iterator<Item = (Side, bool)> {
 }
 
 /// Publishes so many electrons and works them off; returns how long each took.
-async fn store(side: Side, url: &str, electrons: u64) -> Result<(Duration, Duration)> {
+async fn store(
+    side: Side,
+    headers: Headers,
+    vhost: &Vhost,
+    electrons: u64,
+) -> Result<(Duration, Duration)> {
+    let url = &vhost.url();
     ours::make_queues(url).await?;
-    let took = match side {
-        Side::Ours => (ours::publish(url, electrons).await?, ours::drain(url, electrons).await?),
-        Side::Reference => {
-            (reference::publish(url, electrons).await?, reference::drain(url, electrons).await?)
-        }
+    let published = match side {
+        Side::Ours => ours::publish(url, electrons).await?,
+        Side::Reference => reference::publish(url, headers, electrons).await?,
     };
-    reference::ensure_empty(url).await?;
-    Ok(took)
+    let emptied = Emptied::watch(vhost, QUEUE)?;
+    let begun = match side {
+        Side::Ours => ours::drain(url, electrons, &emptied).await?,
+        Side::Reference => reference::drain(url, electrons, &emptied).await?,
+    };
+    let ended = emptied.wait()?;
+    // All consumers are closed by now: what was not acknowledged is back in the queue.
+    let depth = block_in_place(|| vhost.queue_depth(QUEUE))?.context("the queue is gone")?;
+    ensure!(depth == Depth::default(), "{depth:?} after the end");
+    Ok((published, ended.duration_since(begun)?))
 }
 
 fn vhost(broker: &Broker) -> Result<Vhost> {
@@ -205,35 +228,4 @@ fn report(case: Case, Rates { ours, reference }: Rates, json: bool) {
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
 fn per_second(count: u64, took: Duration) -> f64 {
     count as f64 / took.as_secs_f64()
-}
-
-/// How far the run has come, on a terminal only.
-struct Progress(ProgressBar);
-
-impl Progress {
-    fn new(steps: u64) -> Self {
-        let target = if std::io::stderr().is_terminal() {
-            ProgressDrawTarget::stderr()
-        } else {
-            ProgressDrawTarget::hidden()
-        };
-        let style = ProgressStyle::with_template("[{bar:40}] {percent:>3}%  {msg}");
-        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ");
-        Self(ProgressBar::with_draw_target(Some(steps), target).with_style(style))
-    }
-
-    fn step(&self, what: &'static str) {
-        self.0.set_message(what);
-        self.0.inc(1);
-    }
-
-    fn hide(&self, print: impl FnOnce()) {
-        self.0.suspend(print);
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
 }

@@ -5,15 +5,18 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use atomizer::prelude::*;
+use atomizer_bench::now;
 use atomizer_rabbitmq::RabbitMq;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Notify, task::JoinSet};
+
+use crate::emptied::Emptied;
 
 /// How many sends are in flight.
 const SENDS_IN_FLIGHT: usize = 1024;
@@ -36,7 +39,7 @@ struct Noop(Arc<Tally>);
 
 #[derive(Default)]
 struct Tally {
-    first: OnceLock<Instant>,
+    first: OnceLock<SystemTime>,
     count: AtomicU64,
     enough: u64,
     done: Notify,
@@ -54,7 +57,7 @@ impl Atom for Noop {
     type Output = Job;
 
     async fn process(&self, _cx: &Context, input: Job) -> Result<Job, AtomError> {
-        self.0.first.get_or_init(Instant::now);
+        self.0.first.get_or_init(now);
         if self.0.count.fetch_add(1, Ordering::Relaxed) + 1 == self.0.enough {
             self.0.done.notify_one();
         }
@@ -93,16 +96,16 @@ pub(crate) async fn publish(url: &str, electrons: u64) -> Result<Duration> {
     Ok(took)
 }
 
-/// Works off what is there, from the first delivery to the end of the node.
-pub(crate) async fn drain(url: &str, electrons: u64) -> Result<Duration> {
+/// Works off what is there; returns when the first of them ran.
+pub(crate) async fn drain(url: &str, electrons: u64, emptied: &Emptied<'_>) -> Result<SystemTime> {
     let tally = Tally::up_to(electrons);
     let node = serve(url, Arc::clone(&tally)).await?;
     tally.done.notified().await;
+    emptied.wait()?;
     node.drain().await?;
-    let took = tally.first.get().map(Instant::elapsed).unwrap_or_default();
     let count = tally.count.load(Ordering::Relaxed);
     ensure!(count == electrons, "{count} of {electrons} electrons ran");
-    Ok(took)
+    tally.first.get().copied().context("nothing ran")
 }
 
 /// Asks from one node for what runs on another.

@@ -8,10 +8,11 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use atomizer_bench::now;
 use futures::{FutureExt, StreamExt, stream::FuturesOrdered};
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
@@ -24,13 +25,13 @@ use lapin::{
 };
 use tokio::{sync::oneshot, task::JoinSet};
 
-use crate::ours::Job;
+use crate::{QUEUE, emptied::Emptied, ours::Job};
 
 /// What a node has made for the atom.
 const EXCHANGE: &str = "atomizer";
 const KEY: &str = "atom.noop";
-const QUEUE: &str = "atomizer.atom.noop";
 const INBOX: &str = "inbox";
+const ID: &str = "01932c07-e8f1-7a3b-9c4d-5e6f70819203";
 
 /// How many publishes are unconfirmed at the most.
 const UNCONFIRMED_MAX: usize = 1024;
@@ -43,8 +44,40 @@ fn payload() -> Result<Vec<u8>> {
     Ok(serde_json::to_vec(&Job::new(1_000_000))?)
 }
 
-fn persistent() -> BasicProperties {
-    BasicProperties::default().with_delivery_mode(2)
+/// What a message carries beside its body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Headers {
+    /// What the program needs.
+    None,
+    /// What an electron has, or an answer; the values are of the same lengths.
+    AnElectrons,
+}
+
+impl Headers {
+    fn persistent(self, kind: &str) -> BasicProperties {
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        if self == Self::None {
+            return properties;
+        }
+        let mut headers = FieldTable::default();
+        let mut set = |name: &str, value: &str| {
+            headers.insert(name.into(), AMQPValue::LongString(value.into()));
+        };
+        set("atomizer-atom", "noop");
+        set("atomizer-version", "1");
+        if kind == "electron" {
+            set("atomizer-sender", "node-0badcafe");
+        } else {
+            set("atomizer-node", "node-0badcafe");
+            set("atomizer-electron", ID);
+            set("atomizer-status", "ok");
+            set("atomizer-attempt", "1");
+            set("atomizer-started-at", "2026-11-21T12:00:00.000000Z");
+            set("atomizer-duration-us", "250");
+        }
+        let properties = properties.with_type(kind.into()).with_message_id(ID.into());
+        properties.with_content_type("application/json".into()).with_headers(headers)
+    }
 }
 
 async fn connect(url: &str) -> Result<Connection> {
@@ -85,7 +118,7 @@ async fn publish_one(
     }
 }
 
-pub(crate) async fn publish(url: &str, messages: u64) -> Result<Duration> {
+pub(crate) async fn publish(url: &str, headers: Headers, messages: u64) -> Result<Duration> {
     let connection = connect(url).await?;
     let channel = confirming(&connection).await?;
     let body = payload()?;
@@ -95,7 +128,13 @@ pub(crate) async fn publish(url: &str, messages: u64) -> Result<Duration> {
         if unconfirmed.len() == UNCONFIRMED_MAX {
             unconfirmed.next().await.transpose()?;
         }
-        unconfirmed.push_back(publish_one(&channel, EXCHANGE, KEY.into(), persistent(), &body));
+        unconfirmed.push_back(publish_one(
+            &channel,
+            EXCHANGE,
+            KEY.into(),
+            headers.persistent("electron"),
+            &body,
+        ));
     }
     while let Some(confirmed) = unconfirmed.next().await {
         confirmed?;
@@ -105,19 +144,21 @@ pub(crate) async fn publish(url: &str, messages: u64) -> Result<Duration> {
     Ok(took)
 }
 
-pub(crate) async fn drain(url: &str, messages: u64) -> Result<Duration> {
+/// Works off what is there; returns when the first delivery came.
+pub(crate) async fn drain(url: &str, messages: u64, emptied: &Emptied<'_>) -> Result<SystemTime> {
     let connection = connect(url).await?;
     let (channel, mut consumer) = consume(&connection, QUEUE).await?;
     let mut first = None;
     let mut taken = 0;
     while taken < messages {
         let group = next_group(&mut consumer).await?;
-        first.get_or_insert_with(Instant::now);
+        first.get_or_insert_with(now);
         taken += group.len() as u64;
         acknowledge(&channel, group.last()).await?;
     }
+    emptied.wait()?;
     close(&connection).await?;
-    Ok(first.context("nothing came")?.elapsed())
+    first.context("nothing came")
 }
 
 /// Waits for a delivery, and takes what is there beside it.
@@ -139,27 +180,19 @@ async fn acknowledge(channel: &Channel, last: Option<&Delivery>) -> Result<()> {
     Ok(channel.basic_ack(last, BasicAckOptions { multiple: true }).await?)
 }
 
-/// Fails when the broker counts a message in the queue. All consumers are closed by now, so what was not
-/// acknowledged is back in it.
-pub(crate) async fn ensure_empty(url: &str) -> Result<()> {
-    let connection = connect(url).await?;
-    let channel = connection.create_channel().await?;
-    let options = QueueDeclareOptions { passive: true, ..Default::default() };
-    let queue = channel.queue_declare(QUEUE.into(), options, FieldTable::default()).await?;
-    let left = queue.message_count();
-    close(&connection).await?;
-    ensure!(left == 0, "{left} messages are left");
-    Ok(())
-}
-
 /// Answers each request, and acknowledges it when its answer is safe.
-async fn serve(publishing: Channel, consuming: Channel, mut requests: Consumer) -> Result<()> {
+async fn serve(
+    headers: Headers,
+    publishing: Channel,
+    consuming: Channel,
+    mut requests: Consumer,
+) -> Result<()> {
     let mut answering = FuturesOrdered::new();
     loop {
         tokio::select! {
             request = requests.next() => {
                 let Some(request) = request.transpose()? else { return Ok(()) };
-                answering.push_back(answer(&publishing, request));
+                answering.push_back(answer(headers, &publishing, request));
             }
             Some(answered) = answering.next() => {
                 let mut last: Delivery = answered?;
@@ -172,10 +205,10 @@ async fn serve(publishing: Channel, consuming: Channel, mut requests: Consumer) 
     }
 }
 
-async fn answer(channel: &Channel, request: Delivery) -> Result<Delivery> {
+async fn answer(headers: Headers, channel: &Channel, request: Delivery) -> Result<Delivery> {
     let reply_to = request.properties.reply_to().clone().context("a request has an asker")?;
     let id = request.properties.correlation_id().clone().context("a request has an id")?;
-    let properties = persistent().with_correlation_id(id);
+    let properties = headers.persistent("answer").with_correlation_id(id);
     publish_one(channel, "", reply_to, properties, &request.data).await?;
     Ok(request)
 }
@@ -199,12 +232,18 @@ fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, HashMap<String, oneshot:
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn ask(channel: &Channel, waiting: &Waiting, number: u64, body: &[u8]) -> Result<()> {
+async fn ask(
+    headers: Headers,
+    channel: &Channel,
+    waiting: &Waiting,
+    number: u64,
+    body: &[u8],
+) -> Result<()> {
     let id = number.to_string();
     let (tx, rx) = oneshot::channel();
     lock(waiting).insert(id.clone(), tx);
-    let properties =
-        persistent().with_reply_to(INBOX.into()).with_correlation_id(id.as_str().into());
+    let properties = headers.persistent("electron").with_reply_to(INBOX.into());
+    let properties = properties.with_correlation_id(id.as_str().into());
     publish_one(channel, EXCHANGE, KEY.into(), properties, body).await?;
     ensure!(rx.await? == body, "the answer is another's");
     Ok(())
@@ -221,12 +260,17 @@ async fn declare_inbox(channel: &Channel) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn call(url: &str, calls: u64, in_flight: u64) -> Result<Duration> {
+pub(crate) async fn call(
+    url: &str,
+    headers: Headers,
+    calls: u64,
+    in_flight: u64,
+) -> Result<Duration> {
     crate::ours::make_queues(url).await?;
     let (server, client) = (connect(url).await?, connect(url).await?);
     let mut background = JoinSet::new();
     let (consuming, requests) = consume(&server, QUEUE).await?;
-    background.spawn(serve(confirming(&server).await?, consuming, requests));
+    background.spawn(serve(headers, confirming(&server).await?, consuming, requests));
     let channel = confirming(&client).await?;
     declare_inbox(&channel).await?;
     let (consuming, answers) = consume(&client, INBOX).await?;
@@ -245,7 +289,7 @@ pub(crate) async fn call(url: &str, calls: u64, in_flight: u64) -> Result<Durati
                 if number >= calls {
                     return anyhow::Ok(());
                 }
-                ask(&channel, &waiting, number, &body).await?;
+                ask(headers, &channel, &waiting, number, &body).await?;
             }
         });
     }
