@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::error::BrokerError;
 use crate::process;
-use crate::settings::{LOCAL_ONLY, set_common};
+use crate::settings::{Identity, only_on, set_common};
 use crate::vhost::Depth;
 
 /// A call takes half a second; much longer where the machine is busy.
@@ -19,14 +19,24 @@ pub(crate) struct Ctl {
     /// The node's folder, which holds its cookie.
     pub(crate) home: PathBuf,
     pub(crate) epmd_port: u16,
-    pub(crate) node: String,
+    pub(crate) identity: Identity,
+    /// The network namespace of the node, if it has one of its own.
+    pub(crate) namespace: Option<String>,
 }
 
 impl Ctl {
     pub(crate) fn run(&self, arguments: &[&str]) -> Result<String, BrokerError> {
-        let mut command = Command::new(&self.program);
-        set_common(&mut command, &self.home, self.epmd_port, &self.node);
-        command.env("RABBITMQ_CTL_ERL_ARGS", LOCAL_ONLY).arg("--quiet").args(arguments);
+        let mut command = match &self.namespace {
+            None => Command::new(&self.program),
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(&self.program);
+                command
+            }
+        };
+        set_common(&mut command, &self.home, self.epmd_port, &self.identity);
+        let only_here = only_on(self.identity.address);
+        command.env("RABBITMQ_CTL_ERL_ARGS", only_here).arg("--quiet").args(arguments);
         let shown = arguments.first().copied().unwrap_or_default();
         let output = process::output(&mut command, &format!("rabbitmqctl {shown}"), CALL_MAX)?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -77,6 +87,31 @@ impl Ctl {
             text: answer.to_owned(),
         })
     }
+}
+
+/// Finds a quorum queue as `Name`, the name that its processes on all nodes have.
+const FIND: &str = "{ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(VHOST, queue, QUEUE)),
+    {Name, _} = amqqueue:get_pid(Q),";
+
+impl Ctl {
+    /// Returns the node that leads a quorum queue, as this node knows.
+    pub(crate) fn leader(&self, vhost: &str, queue: &str) -> Result<String, BrokerError> {
+        let program = "{ok, _, {_, Leader}} = ra:members({Name, node()}),
+            io:format(\"~s\", [Leader]).";
+        let answer = self.run(&["eval", &format!("{}{program}", find(vhost, queue))])?;
+        // The value of the last expression is written too.
+        Ok(answer.trim().trim_end_matches("ok").trim().to_owned())
+    }
+
+    /// Has another node lead a quorum queue.
+    pub(crate) fn lead(&self, vhost: &str, queue: &str, node: &str) -> Result<(), BrokerError> {
+        let program = format!("ra:transfer_leadership({{Name, node()}}, {{Name, '{node}'}}).");
+        self.run(&["eval", &format!("{}{program}", find(vhost, queue))]).map(drop)
+    }
+}
+
+fn find(vhost: &str, queue: &str) -> String {
+    FIND.replace("VHOST", &binary(vhost)).replace("QUEUE", &binary(queue))
 }
 
 /// Parses `{ready,unacknowledged}`.

@@ -75,6 +75,13 @@ pub enum BrokerError {
         output: String,
     },
 
+    /// A network of one's own cannot be had: it takes root, and a system that permits namespaces.
+    #[error("there is no network to cut: {what}")]
+    Network {
+        /// What was refused.
+        what: String,
+    },
+
     /// The broker answered something that this crate does not understand.
     #[error("{what} is not understood: {text}")]
     Unexpected {

@@ -15,6 +15,9 @@ use std::time::Duration;
 use crate::error::BrokerError;
 use crate::{ports, process};
 
+/// Names the file in the folder that says how to undo what was made outside of it, as a shell does.
+pub(crate) const UNDO: &str = "undo";
+
 /// Runs in the guard; `$1` is the folder.
 ///
 /// It marks the folder before it looks for pids, and [`RECORD`] looks for the mark after it has
@@ -33,6 +36,7 @@ for file in "$1"/*.pid; do
         kill -9 "-$pid" 2>/dev/null || kill -9 "$pid" 2>/dev/null
     fi
 done
+[ -f "$1/undo" ] && sh "$1/undo" 2>/dev/null
 tries=0
 while [ -e "$1" ] && [ "$tries" -lt 100 ]; do
     rm -rf "$1" 2>/dev/null
@@ -109,6 +113,17 @@ impl Guard {
             .stdin(Stdio::null())
             .process_group(0);
         command
+    }
+
+    /// Undoes now what the file [`UNDO`] tells to undo at the end.
+    pub(crate) fn undo(&self) {
+        let file = self.folder.join(UNDO);
+        let mut command = Command::new("sh");
+        command.arg(&file);
+        // What is left is left to the guard.
+        if process::output(&mut command, "undo", CLOSE_MAX).is_ok_and(|it| it.status.success()) {
+            drop(fs::remove_file(file));
+        }
     }
 
     /// Tells the guard that the process has ended, for its pid may soon be another's.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -17,7 +17,7 @@ const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// A caller of the management interface.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Management {
-    pub(crate) port: u16,
+    pub(crate) address: SocketAddr,
     /// How long an answer may take.
     pub(crate) answer_max: Duration,
 }
@@ -62,7 +62,7 @@ impl Management {
     }
 
     fn exchange(self, request: &str, body: Option<&Value>) -> std::io::Result<String> {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
+        let address = self.address;
         let mut stream = TcpStream::connect_timeout(&address, CONNECT_MAX)?;
         stream.set_read_timeout(Some(self.answer_max))?;
         stream.set_write_timeout(Some(self.answer_max))?;

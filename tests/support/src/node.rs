@@ -1,6 +1,6 @@
 //! A running broker, seen by those who use it and do not own it.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::ctl::Ctl;
 use crate::error::BrokerError;
 use crate::http::{Management, encode};
 use crate::process;
-use crate::settings::Places;
+use crate::settings::{Identity, Places};
 use crate::vhost::Vhost;
 
 const MANAGEMENT_MAX: Duration = Duration::from_secs(30);
@@ -63,7 +63,8 @@ struct Facts {
 
 impl Node {
     pub(crate) fn new(port: u16, management_port: u16, ctl: Ctl, version: String) -> Self {
-        let management = Management { port: management_port, answer_max: MANAGEMENT_MAX };
+        let address = SocketAddr::from((ctl.identity.address, management_port));
+        let management = Management { address, answer_max: MANAGEMENT_MAX };
         let facts = Arc::new(Facts { port, management, ctl, version });
         Self { facts }
     }
@@ -71,13 +72,13 @@ impl Node {
     /// Returns where the broker listens for AMQP.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::LOCALHOST, self.facts.port))
+        SocketAddr::from((self.facts.ctl.identity.address, self.facts.port))
     }
 
     /// Returns where the broker's management interface listens.
     #[must_use]
     pub fn management_address(&self) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::LOCALHOST, self.facts.management.port))
+        self.facts.management.address
     }
 
     /// Returns the version of RabbitMQ, as the broker reports it.
@@ -196,15 +197,17 @@ impl Node {
     /// [`SHARED_BROKER`]: crate::SHARED_BROKER
     #[must_use]
     pub fn describe(&self) -> String {
-        let Ctl { program, home, epmd_port, node } = &self.facts.ctl;
+        let Ctl { program, home, epmd_port, identity, namespace } = &self.facts.ctl;
         json!({
             "port": self.facts.port,
-            "management_port": self.facts.management.port,
+            "management_port": self.facts.management.address.port(),
             "version": self.facts.version,
             "ctl": program,
             "folder": home,
             "epmd_port": epmd_port,
-            "node": node,
+            "node": identity.node,
+            "address": identity.address,
+            "namespace": namespace,
         })
         .to_string()
     }
@@ -230,7 +233,8 @@ fn parse_description(text: &str) -> Option<Node> {
         program: PathBuf::from(string("ctl")?),
         home: PathBuf::from(string("folder")?),
         epmd_port: port("epmd_port")?,
-        node: string("node")?,
+        identity: Identity { node: string("node")?, address: string("address")?.parse().ok()? },
+        namespace: string("namespace"),
     };
     Some(Node::new(port("port")?, port("management_port")?, ctl, string("version")?))
 }
@@ -243,14 +247,17 @@ pub(crate) fn format_url(address: SocketAddr, user: &str, password: &str, vhost:
 
 #[cfg(test)]
 mod tests {
-    use super::{Ctl, Node};
+    use std::net::Ipv4Addr;
+
+    use super::{Ctl, Identity, Node};
 
     fn node() -> Node {
         let ctl = Ctl {
             program: "/ctl".into(),
             home: "/folder".into(),
             epmd_port: 3,
-            node: "n@localhost".to_owned(),
+            identity: Identity { node: "n@localhost".to_owned(), address: Ipv4Addr::LOCALHOST },
+            namespace: None,
         };
         Node::new(1, 2, ctl, "3.10.8".to_owned())
     }

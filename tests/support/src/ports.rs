@@ -20,19 +20,13 @@ pub(crate) fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
-/// Returns `N` different ports that nobody listens on at the moment.
+/// Returns so many different ports that nobody listens on at the moment.
 ///
 /// They are free, not reserved: whoever takes one meanwhile makes the start fail.
-pub(crate) fn free<const N: usize>() -> io::Result<[u16; N]> {
-    let mut held = Vec::with_capacity(N);
-    let mut ports = [0; N];
-    for port in &mut ports {
-        // Held until all are found, so that no port is found twice.
-        let listener = bind_one()?;
-        *port = listener.local_addr()?.port();
-        held.push(listener);
-    }
-    Ok(ports)
+pub(crate) fn free(count: usize) -> io::Result<Vec<u16>> {
+    // Held until all are found, so that no port is found twice.
+    let held: Vec<TcpListener> = (0..count).map(|_| bind_one()).collect::<io::Result<_>>()?;
+    held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
 }
 
 fn bind_one() -> io::Result<TcpListener> {

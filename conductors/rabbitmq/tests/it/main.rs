@@ -4,6 +4,7 @@
 
 mod addresses;
 mod answers;
+mod cluster;
 mod dead;
 mod delays;
 mod faults;
