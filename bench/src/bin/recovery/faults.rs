@@ -115,8 +115,7 @@ async fn strike(
         Fault::ConsumerCancelled => {
             // With the queue goes what is in it, confirmed or not: that is no loss of ours.
             flow.pause().await?;
-            let delete =
-                || delete(vhost, &format!("queues/{}/{QUEUE}?if-empty=true", vhost.name()));
+            let delete = || delete(vhost, &format!("queues/{}/{QUEUE}", vhost.name()));
             let moments = at_once(flow, subscription_lost, "", delete).await?;
             flow.resume();
             Ok(moments)
