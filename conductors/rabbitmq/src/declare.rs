@@ -1,46 +1,162 @@
 //! Makes sure that something is there, and says what a refusal means.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use atomizer::SendError;
 use lapin::{
-    Channel, Connection, ErrorKind,
+    Channel, Connection, ErrorKind, ExchangeKind,
+    options::{ExchangeDeclareOptions, QueueDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
+    types::{AMQPValue, FieldTable, ShortString},
 };
 
 use crate::{
     connect::plain,
     life::{Life, REPLY_SUCCESS, REQUEST_TIMEOUT},
+    topology::{self, TopologyMode},
 };
+
+/// What to do about something that is not there where nothing is made.
+pub(crate) const NOT_MADE: &str =
+    "TopologyMode::Passive makes nothing; docs/topology.md says what is to be there";
 
 /// Declares on the consuming connection of a session: the other one may be blocked.
 #[derive(Clone, Debug)]
 pub(crate) struct Declarer {
     pub(crate) connection: Arc<Connection>,
     pub(crate) life: Life,
+    pub(crate) mode: TopologyMode,
 }
 
 impl Declarer {
-    /// Makes sure that something is there. One that is there with other arguments is used as it is.
+    /// Makes sure that something is there.
     pub(crate) async fn declare(
         &self,
-        name: &str,
         declare: impl AsyncFnOnce(&Channel) -> lapin::Result<()>,
     ) -> Result<(), SendError> {
-        let declaring = on_own_channel(&self.connection, declare);
-        let declared = self.life.bound(REQUEST_TIMEOUT, async { Ok(declaring.await) }).await;
-        let Err(error) = declared.map_err(|error| SendError::Unknown(error.to_string()))? else {
+        self.make(on_own_channel(&self.connection, declare)).await
+    }
+
+    /// Makes sure that something is there, and says what a refusal means.
+    pub(crate) async fn make(
+        &self,
+        making: impl Future<Output = lapin::Result<()>>,
+    ) -> Result<(), SendError> {
+        let made = self.life.bound(REQUEST_TIMEOUT, async { Ok(making.await) }).await;
+        let Err(error) = made.map_err(|error| SendError::Unknown(error.to_string()))? else {
             return Ok(());
         };
+        let reason = plain(&error);
         match refusal(&error) {
-            Some(AMQPSoftError::PRECONDITIONFAILED) => {
-                let reason = plain(&error);
-                tracing::warn!(name, reason, "a queue is used that is not as it should be");
-                Ok(())
+            Some(AMQPSoftError::NOTFOUND) if self.mode == TopologyMode::Passive => {
+                Err(SendError::Refused(format!("{reason}: {NOT_MADE}")))
             }
-            Some(AMQPSoftError::ACCESSREFUSED) => Err(SendError::Refused(plain(&error))),
-            _ => Err(SendError::Unknown(plain(&error))),
+            Some(AMQPSoftError::ACCESSREFUSED | AMQPSoftError::PRECONDITIONFAILED) => {
+                Err(SendError::Refused(reason))
+            }
+            _ => Err(SendError::Unknown(reason)),
         }
+    }
+}
+
+/// Looks for exchanges and queues; the error names the first that is missing.
+pub(crate) async fn look(
+    channel: &Channel,
+    exchanges: &[&str],
+    queues: &[&str],
+) -> lapin::Result<()> {
+    let none = FieldTable::default;
+    for exchange in exchanges {
+        let options = ExchangeDeclareOptions { passive: true, ..Default::default() };
+        let kind = ExchangeKind::Direct;
+        channel.exchange_declare((*exchange).into(), kind, options, none()).await?;
+    }
+    for queue in queues {
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        channel.queue_declare((*queue).into(), options, none()).await?;
+    }
+    Ok(())
+}
+
+/// Declares a queue. One that is there with other arguments is used as it is when that is safe, and reported.
+///
+/// A broker names one argument at a time, and what makes a queue unsafe comes late: so it is asked again, with
+/// what it has named as it has it, until there is nothing left to name.
+pub(crate) async fn declare_queue(
+    connection: &Connection,
+    name: &str,
+    mut arguments: BTreeMap<ShortString, AMQPValue>,
+) -> lapin::Result<()> {
+    for _ in 0..DRIFTS_MAX {
+        let wanted = arguments.clone();
+        let ask = async |channel: &Channel| topology::declare(channel, name, wanted).await;
+        let Err(error) = on_own_channel(connection, ask).await else { return Ok(()) };
+        let reason = plain(&error);
+        let drift = match refusal(&error) {
+            Some(AMQPSoftError::PRECONDITIONFAILED) => Drift::read(&reason),
+            _ => None,
+        };
+        let Some(drift) = drift.filter(Drift::is_safe) else { return Err(error) };
+        tracing::warn!(name, reason, "a queue is used that is not as it should be");
+        match drift.current {
+            Some(Current::None) => drop(arguments.remove(drift.argument)),
+            Some(Current::Value(value)) => drop(arguments.insert(drift.argument.into(), value)),
+            None => return Ok(()),
+        }
+    }
+    Ok(())
+}
+
+/// More than there are arguments.
+const DRIFTS_MAX: usize = 32;
+
+/// One argument that is not as it was asked for, in the broker's words.
+#[derive(Debug, PartialEq)]
+struct Drift<'a> {
+    argument: &'a str,
+    was_asked_for: bool,
+    /// What it is; `None` when that is not understood.
+    current: Option<Current>,
+}
+
+#[derive(Debug, PartialEq)]
+enum Current {
+    None,
+    Value(AMQPValue),
+}
+
+impl<'a> Drift<'a> {
+    fn read(reason: &'a str) -> Option<Self> {
+        let (_, rest) = reason.split_once("inequivalent arg '")?;
+        let (argument, rest) = rest.split_once('\'')?;
+        let (rest, current) = rest.rsplit_once(" but current is ")?;
+        let was_asked_for = !rest.ends_with("received none");
+        Some(Self { argument, was_asked_for, current: Current::read(current) })
+    }
+
+    /// Whether nothing is lost by it: neither the queue nor what is in it goes away by itself or with a node.
+    fn is_safe(&self) -> bool {
+        match self.argument {
+            // Those of an inbox may differ, but no other queue may expire.
+            "x-expires" => self.was_asked_for,
+            "durable" | "auto_delete" | "exclusive" | "x-queue-type" | "x-message-ttl" => false,
+            _ => true,
+        }
+    }
+}
+
+impl Current {
+    fn read(text: &str) -> Option<Self> {
+        if text == "none" {
+            return Some(Self::None);
+        }
+        let (value, kind) =
+            text.strip_prefix("the value '")?.strip_suffix('\'')?.split_once("' of type '")?;
+        Some(Self::Value(match kind {
+            "longstr" => AMQPValue::LongString(value.into()),
+            "bool" => AMQPValue::Boolean(value == "true"),
+            _ => AMQPValue::LongLongInt(value.parse().ok()?),
+        }))
     }
 }
 
@@ -73,4 +189,41 @@ pub(crate) async fn on_own_channel<T>(
     let result = request(&channel).await?;
     channel.close(REPLY_SUCCESS, "done".into()).await?;
     Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(argument: &str, received: &str, current: &str) -> (bool, Option<Current>) {
+        let reason = format!(
+            "PRECONDITION_FAILED - inequivalent arg '{argument}' for queue 'q' in vhost '/': received \
+             {received} but current is {current}"
+        );
+        let drift = Drift::read(&reason).unwrap();
+        assert_eq!(drift.argument, argument);
+        (drift.is_safe(), drift.current)
+    }
+
+    #[test]
+    fn what_a_broker_says_of_an_argument_is_understood() {
+        let limit = Some(Current::Value(AMQPValue::LongLongInt(20)));
+        assert_eq!(
+            read(
+                "x-delivery-limit",
+                "the value '100000' of type 'long'",
+                "the value '20' of type 'signedint'"
+            ),
+            (true, limit)
+        );
+        assert_eq!(
+            read("x-dead-letter-exchange", "the value 'a' of type 'longstr'", "none"),
+            (true, Some(Current::None))
+        );
+        assert_eq!(read("durable", "'true'", "'false'"), (false, None));
+        assert!(!read("x-expires", "none", "the value '1000' of type 'long'").0);
+        assert!(read("x-expires", "the value '1' of type 'long'", "none").0);
+        assert!(!read("x-queue-type", "the value 'quorum' of type 'longstr'", "none").0);
+        assert_eq!(Drift::read("PRECONDITION_FAILED - something else"), None);
+    }
 }

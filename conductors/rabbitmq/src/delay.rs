@@ -33,8 +33,10 @@ use lapin::{
 use tokio::sync::OnceCell;
 
 use crate::{
-    declare::Declarer,
-    topology::{DEAD_KEY, Route, Topology, atom_key, dead_lettering, declare, milliseconds},
+    declare::{Declarer, look},
+    topology::{
+        DEAD_KEY, Route, Topology, TopologyMode, atom_key, dead_lettering, declare, milliseconds,
+    },
 };
 
 /// The longest delay.
@@ -48,11 +50,11 @@ impl Topology {
         self.name(&format!("delay.{bit}"))
     }
 
-    fn due(&self) -> String {
+    pub(crate) fn due(&self) -> String {
         self.name("due")
     }
 
-    fn lost(&self) -> String {
+    pub(crate) fn lost(&self) -> String {
         self.name("lost")
     }
 
@@ -88,9 +90,14 @@ impl Topology {
         bind_queue(channel, &self.atom_queue(atom), &self.due(), &key).await
     }
 
-    /// Declares one rung, above those that are there.
+    /// Makes sure of one rung, above those that are there.
     async fn declare_rung(&self, channel: &Channel, bit: u32) -> lapin::Result<()> {
         let (rung, below) = (self.rung(bit), self.below(bit));
+        match self.mode {
+            TopologyMode::Declare => {}
+            TopologyMode::Passive => return look(channel, &[&rung], &[&rung]).await,
+            TopologyMode::None => return Ok(()),
+        }
         let mut waiting = dead_lettering(&below, None);
         waiting.insert("x-message-ttl".into(), milliseconds(Duration::from_millis(1 << bit)));
         declare(channel, &rung, waiting).await?;
@@ -127,7 +134,7 @@ impl Ladder {
             for bit in RUNGS {
                 let declare =
                     async |channel: &Channel| self.topology.declare_rung(channel, bit).await;
-                self.declarer.declare(&self.topology.rung(bit), declare).await?;
+                self.declarer.declare(declare).await?;
             }
             Ok(())
         };
@@ -135,7 +142,8 @@ impl Ladder {
     }
 }
 
-async fn exchange(
+/// Declares an exchange.
+pub(crate) async fn exchange(
     channel: &Channel,
     name: &str,
     kind: ExchangeKind,
@@ -145,7 +153,8 @@ async fn exchange(
     channel.exchange_declare(name.into(), kind, options, arguments).await
 }
 
-async fn bind_queue(
+/// Leads what an exchange takes under a key to a queue.
+pub(crate) async fn bind_queue(
     channel: &Channel,
     queue: &str,
     exchange: &str,

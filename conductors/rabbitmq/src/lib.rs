@@ -76,6 +76,7 @@ use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Ses
 
 pub use connect::UrlError;
 pub use dead::{Clearing, DeadLetters, DeadLettersError, Listing, Progress, Requeue, Selection};
+pub use topology::TopologyMode;
 
 use connect::Addresses;
 use publisher::Moves;
@@ -135,8 +136,17 @@ impl RabbitMq {
     /// # Errors
     /// [`InvalidId`] unless it is 1 to 64 of the characters `A-Z a-z 0-9 . _ : -`.
     pub fn namespace(mut self, namespace: &str) -> Result<Self, InvalidId> {
+        let mode = self.topology.mode;
         self.topology = Topology::try_new(namespace)?;
+        self.topology.mode = mode;
         Ok(self)
+    }
+
+    /// Sets who makes the exchanges and queues; whoever needs them by default.
+    #[must_use]
+    pub fn topology(mut self, mode: TopologyMode) -> Self {
+        self.topology.mode = mode;
+        self
     }
 
     /// Sets the longest payload, in bytes; at most the broker's `max_message_size`.

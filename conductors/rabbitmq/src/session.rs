@@ -23,6 +23,7 @@ use lapin::{
         BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
         QueueDeleteOptions,
     },
+    protocol::AMQPSoftError,
     types::FieldTable,
 };
 use tokio::{
@@ -33,15 +34,15 @@ use tokio::{
 };
 
 use crate::{
-    connect::{Address, Connected, Patience},
-    declare::{Declarer, found, on_own_channel},
+    connect::{Address, Connected, Patience, plain},
+    declare::{Declarer, NOT_MADE, found, on_own_channel, refusal},
     delay::Ladder,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
     publisher::{Moves, Publisher, Via},
     server::Server,
-    topology::Topology,
+    topology::{Topology, TopologyMode},
     watchdog::Watchdog,
 };
 
@@ -93,14 +94,19 @@ impl RabbitSession {
         let (publishing, consuming) = tokio::try_join!(connect("publishes"), connect("consumes"))?;
         let setting_up = async {
             let inbox_is_new = !topology.is_inbox_there(&publishing.connection, node).await?;
+            topology.declare_base(&publishing.connection).await?;
+            topology.declare_inbox(&publishing.connection, node).await?;
             let channel = publishing.connection.create_channel().await?;
-            topology.declare_base(&channel).await?;
-            topology.declare_inbox(&channel, node).await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok((channel, inbox_is_new))
         };
         let (channel, inbox_is_new) = match timeout(patience.set_up, setting_up).await {
-            Ok(channel) => channel.map_err(|error| address.classify(&error))?,
+            Ok(channel) => channel.map_err(|error| match refusal(&error) {
+                Some(AMQPSoftError::NOTFOUND) if topology.mode == TopologyMode::Passive => {
+                    OpenError::Misconfigured(format!("{address}: {}: {NOT_MADE}", plain(&error)))
+                }
+                _ => address.classify(&error),
+            })?,
             Err(_) => return Err(address.silent(patience.set_up)),
         };
         let life = Life::new();
@@ -113,7 +119,8 @@ impl RabbitSession {
             connection
         };
         let (publishing, consuming) = (watch(publishing), watch(consuming));
-        let declarer = Declarer { connection: Arc::clone(&consuming), life: life.clone() };
+        let (connection, mode) = (Arc::clone(&consuming), topology.mode);
+        let declarer = Declarer { connection, life: life.clone(), mode };
         let ladder = Ladder::new(topology.clone(), declarer.clone());
         let (publisher, publish) =
             Publisher::new(channel, topology.clone(), ladder, options, life.clone());
@@ -146,9 +153,7 @@ impl RabbitSession {
 
     /// Makes sure that the queue of an atom is there.
     async fn declare_atom(&self, atom: &AtomId) -> Result<(), SendError> {
-        let queue = self.topology.atom_queue(atom);
-        let declare = async |channel: &Channel| self.topology.declare_atom(channel, atom).await;
-        self.declarer.declare(&queue, declare).await?;
+        self.declarer.make(self.topology.declare_atom(&self.consuming, atom)).await?;
         self.declared().insert(atom.clone());
         Ok(())
     }
@@ -182,6 +187,9 @@ impl RabbitSession {
     ) -> Result<(), SendError> {
         match (&envelope.to, result) {
             (To::Atom(atom), Err(SendError::Unroutable(queue))) => {
+                if self.topology.mode == TopologyMode::None {
+                    return Err(SendError::Refused(format!("there is no queue of {queue}")));
+                }
                 self.declared().remove(atom);
                 Err(SendError::NotTaken(format!("the queue of {queue} was deleted")))
             }
@@ -296,7 +304,7 @@ impl RabbitSession {
         }
         let name = self.topology.lease_queue(&self.node, self.epoch);
         let declare = async |channel: &Channel| self.topology.declare_lease(channel, &name).await;
-        self.declarer.declare(&name, declare).await?;
+        self.declarer.declare(declare).await?;
         let consuming = self.consume(&name, PARKED_MAX).await;
         let (channel, consumer) =
             consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
@@ -390,10 +398,7 @@ impl Session for RabbitSession {
                     if !self.topology.is_inbox_there(&self.consuming, &self.node).await? {
                         self.inbox_is_new.store(true, Ordering::Relaxed);
                     }
-                    let declare = async |channel: &Channel| {
-                        self.topology.declare_inbox(channel, &self.node).await
-                    };
-                    on_own_channel(&self.consuming, declare).await
+                    self.topology.declare_inbox(&self.consuming, &self.node).await
                 };
                 self.life.bound(REQUEST_TIMEOUT, making).await?;
                 (self.topology.inbox_queue(&self.node), None)

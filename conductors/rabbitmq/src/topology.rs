@@ -16,11 +16,14 @@ use std::{collections::BTreeMap, time::Duration};
 use atomizer::{Address, AtomId, ConductorId, Epoch, InvalidId, NodeId, SendError};
 use lapin::{
     Channel, Connection, ExchangeKind,
-    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{ExchangeDeclareOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable, ShortString},
 };
 
-use crate::declare::{found, on_own_channel};
+use crate::{
+    declare::{declare_queue, found, look, on_own_channel},
+    delay::{bind_queue, exchange},
+};
 
 /// How long an inbox outlives its node. In it lie the answers to a node that will not come back.
 const INBOX_EXPIRES: Duration = Duration::from_secs(30 * 60);
@@ -39,10 +42,28 @@ const LEASE_HELD_MAX: Duration = Duration::from_millis(i32::MAX as u64);
 /// Version 4 has 20 unless told otherwise, and drops what exceeds it.
 const DELIVERY_LIMIT: i64 = 100_000;
 
+/// Who makes the exchanges and queues of a namespace.
+///
+/// A node makes its inbox and its lease queues itself in any case: their names are its own. `docs/topology.md` lists
+/// all objects, and the permissions that each mode needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TopologyMode {
+    /// Whoever needs one makes it. One that is there with other arguments is used when that is safe, and reported.
+    #[default]
+    Declare,
+    /// They are there: a session looks for each that it needs, and names one that is missing. Bindings and
+    /// arguments cannot be looked at.
+    Passive,
+    /// They are there, and nobody looks.
+    None,
+}
+
 /// The namespace, and what follows from it.
 #[derive(Clone, Debug)]
 pub(crate) struct Topology {
     namespace: String,
+    pub(crate) mode: TopologyMode,
 }
 
 /// Where to publish.
@@ -56,7 +77,7 @@ impl Topology {
     const NAMESPACE_BYTES_MAX: usize = 64;
 
     pub(crate) fn new(namespace: &str) -> Self {
-        Self { namespace: namespace.to_owned() }
+        Self { namespace: namespace.to_owned(), mode: TopologyMode::default() }
     }
 
     pub(crate) fn try_new(namespace: &str) -> Result<Self, InvalidId> {
@@ -115,14 +136,28 @@ impl Topology {
         self.namespace.as_str().into()
     }
 
-    /// Declares what every node needs: the exchange and the dead letters.
-    pub(crate) async fn declare_base(&self, channel: &Channel) -> lapin::Result<()> {
-        let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
-        channel
-            .exchange_declare(self.exchange(), ExchangeKind::Direct, options, FieldTable::default())
-            .await?;
-        self.declare_bound(channel, &self.dead_queue(), DEAD_KEY, quorum()).await?;
-        self.declare_due(channel).await
+    /// Makes sure of what every node needs: the exchange, the dead letters, and where delays come out.
+    pub(crate) async fn declare_base(&self, connection: &Connection) -> lapin::Result<()> {
+        let dead = self.dead_queue();
+        match self.mode {
+            TopologyMode::None => Ok(()),
+            TopologyMode::Passive => {
+                let (lost, due) = (self.lost(), self.due());
+                let exchanges = [self.namespace.as_str(), &lost, &due];
+                let look = async |channel: &Channel| look(channel, &exchanges, &[&dead]).await;
+                on_own_channel(connection, look).await
+            }
+            TopologyMode::Declare => {
+                declare_queue(connection, &dead, quorum()).await?;
+                let declare = async |channel: &Channel| {
+                    let direct = ExchangeKind::Direct;
+                    exchange(channel, &self.namespace, direct, FieldTable::default()).await?;
+                    bind_queue(channel, &dead, &self.namespace, DEAD_KEY).await?;
+                    self.declare_due(channel).await
+                };
+                on_own_channel(connection, declare).await
+            }
+        }
     }
 
     /// Looks whether a node has an inbox.
@@ -142,12 +177,12 @@ impl Topology {
     /// Declares the inbox of a node.
     pub(crate) async fn declare_inbox(
         &self,
-        channel: &Channel,
+        connection: &Connection,
         node: &NodeId,
     ) -> lapin::Result<()> {
         let mut inbox = quorum();
         inbox.insert("x-expires".into(), milliseconds(INBOX_EXPIRES));
-        declare(channel, &self.inbox_queue(node), inbox).await
+        declare_queue(connection, &self.inbox_queue(node), inbox).await
     }
 
     /// Declares a lease queue and the exchange before it.
@@ -166,31 +201,32 @@ impl Topology {
         lease.insert("x-expires".into(), milliseconds(LEASE_EXPIRES));
         lease.insert("x-consumer-timeout".into(), milliseconds(LEASE_HELD_MAX));
         declare(channel, name, lease).await?;
-        let options = QueueBindOptions::default();
-        channel
-            .queue_bind(name.into(), name.into(), "".into(), options, FieldTable::default())
-            .await
+        bind_queue(channel, name, name, "").await
     }
 
-    /// Declares the queue of one atom.
-    pub(crate) async fn declare_atom(&self, channel: &Channel, atom: &AtomId) -> lapin::Result<()> {
-        let arguments = dead_lettering(&self.namespace, Some(DEAD_KEY));
-        self.declare_bound(channel, &self.atom_queue(atom), &atom_key(atom), arguments).await?;
-        self.bind_due(channel, atom).await
-    }
-
-    async fn declare_bound(
+    /// Makes sure of the queue of one atom.
+    pub(crate) async fn declare_atom(
         &self,
-        channel: &Channel,
-        queue: &str,
-        key: &str,
-        arguments: BTreeMap<ShortString, AMQPValue>,
+        connection: &Connection,
+        atom: &AtomId,
     ) -> lapin::Result<()> {
-        declare(channel, queue, arguments).await?;
-        let options = QueueBindOptions::default();
-        channel
-            .queue_bind(queue.into(), self.exchange(), key.into(), options, FieldTable::default())
-            .await
+        let queue = self.atom_queue(atom);
+        match self.mode {
+            TopologyMode::None => Ok(()),
+            TopologyMode::Passive => {
+                let look = async |channel: &Channel| look(channel, &[], &[&queue]).await;
+                on_own_channel(connection, look).await
+            }
+            TopologyMode::Declare => {
+                let arguments = dead_lettering(&self.namespace, Some(DEAD_KEY));
+                declare_queue(connection, &queue, arguments).await?;
+                let bind = async |channel: &Channel| {
+                    bind_queue(channel, &queue, &self.namespace, &atom_key(atom)).await?;
+                    self.bind_due(channel, atom).await
+                };
+                on_own_channel(connection, bind).await
+            }
+        }
     }
 }
 

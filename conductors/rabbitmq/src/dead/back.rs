@@ -17,7 +17,7 @@ use super::{
 use crate::{
     connect::plain,
     convert,
-    declare::{on_own_channel, refusal},
+    declare::refusal,
     life::{REQUEST_TIMEOUT, close},
 };
 
@@ -114,8 +114,7 @@ impl Back {
             return Ok(());
         }
         let topology = &self.dead.topology;
-        let declare = async |channel: &Channel| topology.declare_atom(channel, atom).await;
-        let declaring = async { Ok(on_own_channel(&self.opened.connection, declare).await) };
+        let declaring = async { Ok(topology.declare_atom(&self.opened.connection, atom).await) };
         match self.opened.life.bound(REQUEST_TIMEOUT, declaring).await? {
             Ok(()) => {}
             Err(error) if refusal(&error).is_some() => {

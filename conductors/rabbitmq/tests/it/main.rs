@@ -13,6 +13,7 @@ mod interop;
 mod load;
 mod open;
 mod parking;
+mod permissions;
 mod publishing;
 mod silent;
 mod support;

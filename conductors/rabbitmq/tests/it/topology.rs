@@ -1,8 +1,35 @@
-//! What is on the broker, and what is left behind.
+//! What is on the broker, who makes it, and what is left behind.
 
-use serde_json::json;
+use atomizer::{
+    Address, AtomId, Conductor, Electron, Envelope, NodeId, OpenError, Payload, SendError, Source,
+};
+use atomizer_rabbitmq::TopologyMode;
+use atomizer_test_support::Vhost;
+use serde_json::{Value, json};
 
-use crate::support::{Double, blocking, serve, soon, vhost};
+use crate::support::{Double, blocking, rabbit, serve, soon, vhost};
+
+/// Calls the management interface; `{}` in the path is the virtual host.
+async fn manage(vhost: Vhost, calls: Vec<(&'static str, &'static str, Value)>) -> Vhost {
+    blocking(move || {
+        for (method, path, body) in calls {
+            let path = path.replace("{}", vhost.name());
+            vhost.node().manage(method, &path, Some(&body)).unwrap();
+        }
+        vhost
+    })
+    .await
+}
+
+fn node() -> NodeId {
+    NodeId::unique("node").unwrap()
+}
+
+fn to_double() -> Envelope {
+    let atom = AtomId::from_static("double");
+    let electron = Electron::new(atom.clone(), Payload::json("1"));
+    Envelope::new(Address::Atom(atom), electron.into())
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_broker_holds_what_the_documentation_names_and_nothing_else() {
@@ -40,4 +67,81 @@ async fn the_broker_holds_what_the_documentation_names_and_nothing_else() {
     atomizer.drain().await.unwrap();
     let left = blocking(move || vhost.queues().unwrap()).await;
     assert!(left.iter().all(|queue| !queue.name.contains("inbox")), "the inbox is gone: {left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_with_other_arguments_is_used_when_nothing_can_be_lost_by_it() {
+    let vhost = vhost().await;
+    let safe = json!({ "durable": true, "arguments": {
+        "x-queue-type": "quorum", "x-delivery-limit": 7, "x-max-length": 1000,
+    }});
+    // Whatever it lacks beside, it is its type that is named in the end.
+    let classic = json!({ "durable": true, "arguments": { "x-queue-type": "classic" } });
+    let vhost = manage(
+        vhost,
+        vec![
+            ("PUT", "/api/queues/{}/atomizer.atom.double", safe.clone()),
+            ("PUT", "/api/queues/{}/atomizer.dead", safe),
+            ("PUT", "/api/queues/{}/atomizer.atom.classic", classic),
+        ],
+    )
+    .await;
+    let atomizer = serve(&vhost.url()).await;
+    assert_eq!(soon(atomizer.call::<Double>(4).into_future()).await.unwrap(), 8);
+    atomizer.drain().await.unwrap();
+
+    let session = soon(rabbit(&vhost.url()).open(&node())).await.unwrap();
+    let classic = Source::Atom(AtomId::from_static("classic"));
+    let error = soon(session.subscribe(classic, 1.try_into().unwrap())).await.err().unwrap();
+    assert!(error.to_string().contains("x-queue-type"), "{error}");
+    soon(session.close()).await;
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_that_would_not_be_kept_are_misconfigured() {
+    let transient = json!({ "durable": true, "arguments": { "x-queue-type": "classic" } });
+    let calls = vec![("PUT", "/api/queues/{}/atomizer.dead", transient)];
+    let vhost = manage(vhost().await, calls).await;
+    let error = soon(rabbit(&vhost.url()).open(&node())).await.unwrap_err();
+    let OpenError::Misconfigured(reason) = &error else { panic!("{error:?}") };
+    assert!(reason.contains("x-queue-type"), "{reason}");
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_is_named_where_nothing_is_made() {
+    let vhost = vhost().await;
+    let passive = || rabbit(&vhost.url()).topology(TopologyMode::Passive);
+    let error = soon(passive().open(&node())).await.unwrap_err();
+    let OpenError::Misconfigured(reason) = &error else { panic!("{error:?}") };
+    assert!(reason.contains("no exchange 'atomizer'"), "{reason}");
+    assert!(reason.contains("TopologyMode::Passive makes nothing"), "{reason}");
+
+    // One who declares has been here, and made no queue for the atom.
+    let session = soon(rabbit(&vhost.url()).open(&node())).await.unwrap();
+    soon(session.close()).await;
+    let session = soon(passive().open(&node())).await.unwrap();
+    let sent = soon(session.send(&[to_double()])).await.remove(0);
+    let Err(SendError::Refused(reason)) = &sent else { panic!("{sent:?}") };
+    assert!(reason.contains("no queue 'atomizer.atom.double'"), "{reason}");
+    // And when there is one, it is used.
+    let atomizer = serve(&vhost.url()).await;
+    assert_eq!(soon(session.send(&[to_double()])).await, [Ok(())]);
+    atomizer.drain().await.unwrap();
+    soon(session.close()).await;
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nobody_looks_what_cannot_be_sent_is_refused() {
+    let vhost = vhost().await;
+    let session = soon(rabbit(&vhost.url()).open(&node())).await.unwrap();
+    soon(session.close()).await;
+    let session =
+        soon(rabbit(&vhost.url()).topology(TopologyMode::None).open(&node())).await.unwrap();
+    let sent = soon(session.send(&[to_double()])).await.remove(0);
+    assert!(matches!(sent, Err(SendError::Refused(_))), "{sent:?}");
+    soon(session.close()).await;
+    blocking(move || drop(vhost)).await;
 }

@@ -1,0 +1,127 @@
+//! The least permissions of each role, as `docs/topology.md` has them.
+
+use std::{sync::Arc, time::Duration};
+
+use atomizer::{
+    Address, AtomId, Conductor, Electron, Envelope, Message, NodeId, OpenError, Payload, Session,
+    Source, prelude::*,
+};
+use atomizer_rabbitmq::{RabbitMq, Requeue, Selection, TopologyMode};
+use atomizer_test_support::{Permissions, Vhost};
+
+use crate::support::{Double, blocking, rabbit, serve, soon, vhost};
+
+/// A virtual host with users, who go with it.
+struct Users {
+    vhost: Vhost,
+    names: Vec<String>,
+}
+
+impl Users {
+    /// A virtual host where all is that anyone needs: what an operator has made.
+    async fn new() -> Self {
+        let vhost = vhost().await;
+        let atomizer = serve(&vhost.url()).await;
+        let delay = Duration::from_millis(50);
+        atomizer.send_after::<Double>(delay, 1).await.unwrap();
+        atomizer.drain().await.unwrap();
+        Self { vhost, names: Vec::new() }
+    }
+
+    /// The conductor of a user who may do this, and makes nothing that is not his own.
+    async fn add(&mut self, [configure, write, read]: [&str; 3]) -> RabbitMq {
+        let name = format!("{}-{}", self.vhost.name(), self.names.len());
+        self.names.push(name.clone());
+        let permissions = Permissions::new(configure, write, read);
+        let (node, vhost) = (self.vhost.node().clone(), self.vhost.name().to_owned());
+        let url = self.vhost.url_as(&name, "secret");
+        blocking(move || node.add_user(&name, "secret", &vhost, &permissions).unwrap()).await;
+        rabbit(&url).topology(TopologyMode::Passive)
+    }
+
+    async fn remove(self) {
+        blocking(move || {
+            for name in &self.names {
+                self.vhost.node().delete_user(name).unwrap();
+            }
+            drop(self.vhost);
+        })
+        .await;
+    }
+}
+
+const CALLER: [&str; 3] = [r"^atomizer\.inbox\.", r"^atomizer($|\.delay\.)", r"^atomizer\.inbox\."];
+const WORKER: [&str; 3] = [
+    r"^atomizer\.(inbox|lease)\.",
+    r"^(atomizer($|\.(lease|delay)\.)|amq\.default$)",
+    r"^atomizer\.(atom|inbox|lease)\.",
+];
+const OPERATOR: [&str; 3] = ["^$", "^atomizer$", r"^atomizer\.dead$"];
+
+async fn start(conductor: RabbitMq) -> Atomizer {
+    soon(Atomizer::builder().conductor(conductor).start()).await.unwrap()
+}
+
+async fn work(conductor: RabbitMq) -> Atomizer {
+    soon(Atomizer::builder().conductor(conductor).atom(Double).start()).await.unwrap()
+}
+
+/// Sends an electron, takes it, and parks it.
+async fn park(session: &dyn Session) {
+    let atom = AtomId::from_static("double");
+    let electron = Electron::new(atom.clone(), Payload::json("1"));
+    let envelope = Envelope::new(Address::Atom(atom.clone()), electron.into());
+    soon(session.send(&[envelope])).await.remove(0).unwrap();
+    let one = 1.try_into().unwrap();
+    let mut taker = soon(session.subscribe(Source::Atom(atom), one)).await.unwrap();
+    let delivery = soon(taker.next(one)).await.unwrap().remove(0);
+    let Message::Electron(electron) = &delivery.message else { panic!("{delivery:?}") };
+    soon(session.park(delivery.ticket, Arc::clone(electron))).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_role_does_its_work_with_the_least_permissions() {
+    let mut users = Users::new().await;
+    let conductor = users.add(WORKER).await;
+    let session = soon(conductor.open(&NodeId::unique("parker").unwrap())).await.unwrap();
+    park(&*session).await;
+    soon(session.close()).await;
+    let worker = work(conductor).await;
+    let caller = start(users.add(CALLER).await).await;
+    assert_eq!(soon(caller.call::<Double>(4).into_future()).await.unwrap(), 8);
+    let delay = Duration::from_millis(50);
+    soon(caller.send_after::<Double>(delay, 4)).await.unwrap();
+    // It fails, and nobody is told: it dies.
+    soon(caller.send::<Double>(u64::MAX)).await.unwrap();
+
+    let dead = users.add(OPERATOR).await.dead_letters();
+    soon(async { while dead.census().await.unwrap().ready == 0 {} }).await;
+    let mut listing = dead.list(Selection::all());
+    soon(listing.next()).await.unwrap().unwrap();
+    soon(listing.close()).await;
+    let mut requeue = dead.requeue(Selection::all(), Requeue::default());
+    let mut last = None;
+    while let Some(progress) = soon(requeue.next()).await {
+        last = Some(progress);
+    }
+    assert_eq!(last.unwrap().done, 1);
+    caller.drain().await.unwrap();
+    worker.drain().await.unwrap();
+    users.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_less_a_role_is_refused() {
+    let mut users = Users::new().await;
+    let no_inbox = users.add(["^$", CALLER[1], CALLER[2]]).await;
+    let error = soon(no_inbox.open(&NodeId::unique("node").unwrap())).await.unwrap_err();
+    assert!(matches!(error, OpenError::Refused(_)), "{error:?}");
+
+    let no_work = users.add([WORKER[0], WORKER[1], r"^atomizer\.(inbox|lease)\."]).await;
+    let session = soon(no_work.open(&NodeId::unique("node").unwrap())).await.unwrap();
+    let atom = Source::Atom(AtomId::from_static("double"));
+    let error = soon(session.subscribe(atom, 1.try_into().unwrap())).await.err().unwrap();
+    assert!(error.to_string().contains("ACCESS_REFUSED"), "{error}");
+    soon(session.close()).await;
+    users.remove().await;
+}
