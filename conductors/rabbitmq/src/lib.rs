@@ -20,21 +20,19 @@
 //!
 //! Everything is named after the [namespace](RabbitMq::namespace), `atomizer` by default:
 //!
-//! | object | name | kind |
-//! |---|---|---|
-//! | exchange for electrons | `<namespace>` | direct, durable |
-//! | queue of one atom | `<namespace>.atom.<atom id>` | quorum, durable |
-//! | dead letters | `<namespace>.dead` | quorum, durable |
-//! | inbox of one node | `<namespace>.inbox.<node id>` | quorum, durable, expires 30 min after the node is gone |
-//! | what one session has parked | `<namespace>.lease.<node id>.<session>` | quorum, durable, expires 2 h after the session is gone; with an exchange (fanout, durable, auto-delete) of the same name |
+//! - the exchange `<namespace>`, to which all electrons are published;
+//! - `<namespace>.atom.<atom id>`, the queue of one atom;
+//! - `<namespace>.dead`, the dead letters;
+//! - `<namespace>.inbox.<node id>`, where a node is answered; it expires 30 min after the node;
+//! - `<namespace>.lease.<node id>.<session>`, what one session has parked; given back within 5 s of its end;
+//! - `<namespace>.delay.5` to `.31`, `.due` and `.lost`, where delays are waited out.
 //!
-//! The last is made when something is parked for the first time. The broker gives back what is in it within 5 s
-//! of the end of the session. What is parked is published there again before the broker loses its patience with what
-//! is held ([`RabbitMq::hold_max`]). What was parked carries `atomizer-parked` in the property `app_id`, by which it
-//! is known as delivered before.
+//! All queues are quorum queues. `docs/topology.md` has every object with its arguments and their reasons, and the least
+//! permissions of who sends, who works and who operates. [`RabbitMq::topology`] says who makes them.
 //!
-//! A user needs the permissions configure, write and read for all of `<namespace>` and `<namespace>.*`, and write
-//! for `amq.default`.
+//! What is parked is published there again before the broker loses its patience with what is held
+//! ([`RabbitMq::hold_max`]). What was parked carries `atomizer-parked` in the property `app_id`, by which it is known
+//! as delivered before.
 //!
 //! Any AMQP 0-9-1 client can ask an atom: publish JSON to the exchange with routing key `atom.<atom id>`,
 //! and name a queue in `reply_to`.

@@ -1,12 +1,6 @@
 //! The names and arguments of everything on the broker.
 //!
-//! | object | name | made by | gone |
-//! |---|---|---|---|
-//! | exchange for electrons | `<namespace>` | every session | never |
-//! | dead letters | `<namespace>.dead` | every session | never |
-//! | inbox of a node | `<namespace>.inbox.<node>` | every session | when closed, or 30 min after the node |
-//! | queue of an atom | `<namespace>.atom.<atom>` | whoever subscribes or sends to it | never |
-//! | lease queue, and the exchange before it | `<namespace>.lease.<node>.<session>` | the first to park in a session | when closed and known to be empty, or 2 h after the session |
+//! `docs/topology.md` lists them, with the reason of each argument.
 //!
 //! A lease queue takes what is published to its exchange under the routing key of the atom, and leads what is
 //! not held for 5 s back to the exchange for electrons, under that same key.

@@ -125,3 +125,21 @@ async fn with_less_a_role_is_refused() {
     soon(session.close()).await;
     users.remove().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_makes_what_is_needed_has_the_whole_namespace() {
+    let mut users = Users { vhost: vhost().await, names: Vec::new() };
+    let (all, and_answers) = (r"^atomizer($|\.)", r"^(atomizer($|\.)|amq\.default$)");
+    let worker = users.add([all, and_answers, all]).await.topology(TopologyMode::Declare);
+    let session = soon(worker.open(&NodeId::unique("parker").unwrap())).await.unwrap();
+    park(&*session).await;
+    soon(session.close()).await;
+    let worker = work(worker).await;
+    let caller = users.add([all, all, all]).await.topology(TopologyMode::Declare);
+    let caller = start(caller).await;
+    assert_eq!(soon(caller.call::<Double>(4).into_future()).await.unwrap(), 8);
+    soon(caller.send_after::<Double>(Duration::from_millis(50), 4)).await.unwrap();
+    caller.drain().await.unwrap();
+    worker.drain().await.unwrap();
+    users.remove().await;
+}
