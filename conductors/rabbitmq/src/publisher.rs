@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
     BasicProperties, Channel, Confirmation, ErrorKind, message::BasicReturnMessage,
-    options::BasicPublishOptions, types::ShortString,
+    options::BasicPublishOptions, protocol::AMQPSoftError, types::ShortString,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     connect::plain,
     convert,
+    declare::refusal,
     delay::Ladder,
     life::Life,
     session::Options,
@@ -232,6 +233,13 @@ impl Key {
         }
     }
 
+    /// Whether the broker speaks of its exchange. An error ends the channel, and with it all that is under way,
+    /// without saying which of them was at fault.
+    fn is_meant_by(&self, error: &lapin::Error) -> bool {
+        let exchange = if self.exchange.is_empty() { "amq.default" } else { &self.exchange };
+        plain(error).contains(&format!("'{exchange}'"))
+    }
+
     fn returned(message: &BasicReturnMessage) -> Self {
         Self::new(message.exchange.as_str(), message.routing_key.as_str(), &message.properties)
     }
@@ -289,11 +297,13 @@ async fn publish_all(
     let mut ended = pin!(life.0.ended());
     loop {
         tokio::select! {
+            biased;
+            // First: when the session ends, those that are answered are told what the broker said.
+            Some(answered) = under_way.publishes.next() => under_way.answered(answered),
             command = wanted.recv(), if under_way.publishes.len() < UNCONFIRMED_MAX => match command {
                 Some(command) => under_way.begin(command),
                 None => break,
             },
-            Some(answered) = under_way.publishes.next() => under_way.answered(answered),
             // What is under way may never be answered: dropping it says that it is unknown.
             _ = &mut ended => return,
         }
@@ -419,7 +429,12 @@ async fn publish(
                 }
                 // Whatever went wrong, this channel is of no more use, and with it the session.
                 life.end(format!("publishing failed: {}", plain(&error)));
-                break Err(SendError::Unknown(plain(&error)));
+                break Err(match refusal(&error) {
+                    Some(AMQPSoftError::ACCESSREFUSED) if key.is_meant_by(&error) => {
+                        SendError::Refused(plain(&error))
+                    }
+                    _ => SendError::Unknown(plain(&error)),
+                });
             }
             Err(_) if life.is_blocked() => {}
             Err(_) => {

@@ -117,6 +117,15 @@ async fn with_less_a_role_is_refused() {
     let error = soon(no_inbox.open(&NodeId::unique("node").unwrap())).await.unwrap_err();
     assert!(matches!(error, OpenError::Refused(_)), "{error:?}");
 
+    let no_send = users.add([CALLER[0], r"^atomizer\.inbox\.", CALLER[2]]).await;
+    let caller = start(no_send).await;
+    let error = soon(caller.send::<Double>(4)).await.unwrap_err();
+    let refused = |error: &CallError| {
+        matches!(error, CallError::NotSent { source: SendError::Refused(_), .. })
+    };
+    assert!(refused(&error), "{error:?}");
+    caller.drain().await.unwrap();
+
     let no_work = users.add([WORKER[0], WORKER[1], r"^atomizer\.(inbox|lease)\."]).await;
     let session = soon(no_work.open(&NodeId::unique("node").unwrap())).await.unwrap();
     let atom = Source::Atom(AtomId::from_static("double"));
