@@ -193,7 +193,6 @@ fn encode_electron(electron: Electron) -> Wire {
         headers: electron.extra,
         body: electron.payload.body,
     };
-    wire.set(header::VERSION, VERSION);
     wire.set(header::ATOM, electron.atom);
     if let Some(sender) = electron.sender {
         wire.set(header::SENDER, sender);
@@ -258,8 +257,11 @@ fn encode_answer(properties: Properties) -> Wire {
             (STATUS_FAILED, Payload::json(body))
         }
     };
-    let correlation_id =
-        properties.correlation_id.unwrap_or_else(|| properties.electron.to_string());
+    let electron = properties.electron.to_string();
+    let (correlation_id, electron) = match properties.correlation_id {
+        Some(own) => (own, Some(electron)),
+        None => (electron, None),
+    };
     let mut wire = Wire {
         kind: Some(ANSWER.to_owned()),
         correlation_id: Some(correlation_id),
@@ -267,12 +269,15 @@ fn encode_answer(properties: Properties) -> Wire {
         body: payload.body,
         ..Wire::default()
     };
-    wire.set(header::VERSION, VERSION);
-    wire.set(header::ELECTRON, properties.electron);
+    if let Some(electron) = electron {
+        wire.set(header::ELECTRON, electron);
+    }
     wire.set(header::ATOM, properties.atom);
     wire.set(header::NODE, properties.node);
     wire.set(header::STATUS, status);
-    wire.set(header::ATTEMPT, properties.attempt);
+    if properties.attempt != 1 {
+        wire.set(header::ATTEMPT, properties.attempt);
+    }
     wire.set(header::STARTED_AT, humantime::format_rfc3339_micros(properties.started_at));
     wire.set(header::DURATION_US, properties.duration.as_micros());
     wire
@@ -356,13 +361,17 @@ fn decode_answer(mut wire: Wire) -> Result<Properties, String> {
         .map_err(|error| error.to_string())?;
     let started_at = humantime::parse_rfc3339(&wire.require::<String>(header::STARTED_AT)?)
         .map_err(|error| format!("{}: {error}", header::STARTED_AT))?;
-    let electron: ElectronId = wire.require(header::ELECTRON)?;
+    let electron: ElectronId = match (wire.take(header::ELECTRON)?, &wire.correlation_id) {
+        (Some(electron), _) => electron,
+        (None, Some(id)) => parse("correlation_id", id)?,
+        (None, None) => return Err(format!("header {} is missing", header::ELECTRON)),
+    };
     Ok(Properties {
         electron,
         correlation_id: (wire.correlation_id.take()).filter(|id| *id != electron.to_string()),
         atom,
         node,
-        attempt: wire.require(header::ATTEMPT)?,
+        attempt: wire.take(header::ATTEMPT)?.unwrap_or(1),
         started_at,
         duration: Duration::from_micros(wire.require(header::DURATION_US)?),
         outcome,

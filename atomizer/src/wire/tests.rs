@@ -60,7 +60,7 @@ fn golden_minimal_electron() {
     let expected = json!({
         "type": "electron", "message_id": ID, "correlation_id": null, "reply_to": null,
         "content_type": "application/json",
-        "headers": { "atomizer-version": "1", "atomizer-atom": "montecarlo.toss" },
+        "headers": { "atomizer-atom": "montecarlo.toss" },
     });
     assert_eq!(shown(&wire), expected);
     assert_eq!(wire.body, r#"{"tosses":10}"#, "the payload is the body, as it is");
@@ -73,7 +73,6 @@ fn golden_full_electron() {
         "type": "electron", "message_id": ID, "correlation_id": "my-own",
         "reply_to": "atomizer.inbox.console-12345678", "content_type": "application/json",
         "headers": {
-            "atomizer-version": "1",
             "atomizer-atom": "montecarlo.toss",
             "atomizer-sender": "console-12345678",
             "atomizer-parent": PARENT,
@@ -95,8 +94,6 @@ fn golden_answer() {
         "type": "answer", "message_id": null, "correlation_id": ID, "reply_to": null,
         "content_type": "application/json",
         "headers": {
-            "atomizer-version": "1",
-            "atomizer-electron": ID,
             "atomizer-atom": "montecarlo.toss",
             "atomizer-node": "agent-0badcafe",
             "atomizer-status": "ok",
@@ -122,6 +119,28 @@ fn read_electron(wire: Wire, queue: Option<&AtomId>) -> Electron {
         Message::Electron(electron) => Arc::unwrap_or_clone(electron),
         other => panic!("expected an electron, not {other:?}"),
     }
+}
+
+/// What goes without saying may be said all the same.
+#[test]
+fn what_is_spelled_out_is_read_as_what_is_left_out() {
+    let mut answered = answer(Ok(Payload::json("42")));
+    answered.attempt = 1;
+    let left_out = Wire::from(Message::from(answered.clone()));
+    let mut spelled_out = left_out.clone();
+    for (name, value) in [(header::VERSION, "1"), (header::ELECTRON, ID), (header::ATTEMPT, "1")] {
+        assert!(!left_out.headers.contains_key(name));
+        spelled_out.set(name, value);
+    }
+    for wire in [left_out, spelled_out] {
+        let Message::Answer(read) = Message::from_wire(wire, None) else {
+            panic!("expected an answer")
+        };
+        assert_eq!(*read, answered);
+    }
+    let mut electron = Wire::from(Message::from(full()));
+    electron.set(header::VERSION, 1);
+    assert_eq!(read_electron(electron, None), full());
 }
 
 fn reason(wire: &Wire) -> String {

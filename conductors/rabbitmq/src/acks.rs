@@ -52,15 +52,34 @@ impl Acks {
         }
     }
 
-    /// Takes what is to be sent now, in order.
+    /// Takes all that is to be sent, in order.
     pub(crate) fn take(&mut self) -> Vec<Ack> {
+        self.take_group().into_iter().chain(self.take_singles()).collect()
+    }
+
+    /// Takes what lies below the first hole: one acknowledgement for all of it.
+    pub(crate) fn take_group(&mut self) -> Option<Ack> {
         let floor = self.gone.get(&1).copied().unwrap_or(0);
         let above = self.untold.split_off(&(floor + 1));
-        let below = std::mem::take(&mut self.untold);
+        let below = std::mem::replace(&mut self.untold, above);
         // The last that the broker still counts as out: a group must end at one it knows.
-        let group = below.last().map(|&tag| Ack { tag, multiple: below.len() > 1 });
-        let singles = above.into_iter().map(|tag| Ack { tag, multiple: false });
-        group.into_iter().chain(singles).collect()
+        below.last().map(|&tag| Ack { tag, multiple: below.len() > 1 })
+    }
+
+    /// Takes what is left, one by one, in order.
+    pub(crate) fn take_singles(&mut self) -> impl Iterator<Item = Ack> + use<> {
+        let singles = std::mem::take(&mut self.untold);
+        singles.into_iter().map(|tag| Ack { tag, multiple: false })
+    }
+
+    /// How many the broker has not been told of.
+    pub(crate) fn untold(&self) -> usize {
+        self.untold.len()
+    }
+
+    /// Whether the broker has been told of one that is to be acknowledged.
+    pub(crate) fn is_told(&self, tag: u64) -> bool {
+        !self.untold.contains(&tag)
     }
 }
 
@@ -105,6 +124,18 @@ mod tests {
             [ack(3, false)],
             "4 was acknowledged before, and is not named again"
         );
+    }
+
+    #[test]
+    fn what_waits_above_a_hole_joins_the_group_when_it_closes() {
+        let mut acks = Acks::default();
+        [1, 3, 4].into_iter().for_each(|tag| acks.acknowledge(tag));
+        assert_eq!(acks.take_group(), Some(ack(1, false)));
+        assert_eq!((acks.untold(), acks.is_told(1), acks.is_told(3)), (2, true, false));
+        assert_eq!(acks.take_group(), None);
+        acks.acknowledge(2);
+        assert_eq!(acks.take_group(), Some(ack(4, true)));
+        assert_eq!(acks.untold(), 0);
     }
 
     #[test]

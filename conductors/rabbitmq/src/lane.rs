@@ -24,7 +24,7 @@ use lapin::{
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
 use crate::{
@@ -41,6 +41,9 @@ use crate::{
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an acknowledgement may take to be written.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long acknowledgements above a hole wait for it to close. Runs that end at about the same time do not end in
+/// order, and a group costs the broker as much as one of those that are in it.
+const HOLE_CLOSES_WITHIN: Duration = Duration::from_millis(1);
 /// How many commands are carried out before acknowledgements are sent.
 const COMMANDS_MAX: usize = 256;
 
@@ -150,6 +153,8 @@ type Published = (u64, Vec<(Envelope, SendError)>, Done);
 struct Work {
     acks: Acks,
     publishing: FuturesUnordered<BoxFuture<'static, Published>>,
+    /// When acknowledgements are sent that wait for a hole to close.
+    flush_at: Option<Instant>,
     /// Done when the acknowledgements are sent.
     settled: Vec<(u64, Done)>,
     /// Done when they are carried out.
@@ -183,7 +188,8 @@ impl Settler {
                 }
                 Some(published) = work.publishing.next() => self.published(published, &mut work),
                 Some(published) = work.renewing.next() => self.renewal_published(&published),
-                () = due(self.parked.as_ref()) => self.renew(&work),
+                () = due(self.parked.as_ref().and_then(Held::next_due)) => self.renew(&work),
+                () = due(work.flush_at) => {}
             }
             while let Some(Some(published)) = work.publishing.next().now_or_never() {
                 self.published(published, &mut work);
@@ -334,18 +340,19 @@ impl Settler {
 
     /// Sends the acknowledgements, and tells those who wait for them.
     async fn finish(&mut self, work: &mut Work) -> Result<(), SessionError> {
-        self.acknowledge(&mut work.acks).await?;
+        self.acknowledge(work).await?;
         work.replaced.drain(..).for_each(Parked::gone);
-        self.tell(&mut work.settled);
+        let acks = &work.acks;
+        self.tell(work.settled.extract_if(.., |(key, _)| acks.is_told(*key)));
         if !work.taken.is_empty() {
             self.barrier().await?;
-            self.tell(&mut work.taken);
+            self.tell(work.taken.drain(..));
         }
         Ok(())
     }
 
-    fn tell(&mut self, waiting: &mut Vec<(u64, Done)>) {
-        for (key, done) in waiting.drain(..) {
+    fn tell(&mut self, settled: impl Iterator<Item = (u64, Done)>) {
+        for (key, done) in settled {
             if let Some(parked) = &mut self.parked {
                 parked.gone(key);
             }
@@ -354,8 +361,24 @@ impl Settler {
         }
     }
 
-    async fn acknowledge(&self, acks: &mut Acks) -> Result<(), SessionError> {
-        let sent = acks.take().into_iter().map(|ack| {
+    /// Acknowledges what is below the first hole; what is above it, when that has not closed in a while.
+    async fn acknowledge(&self, work: &mut Work) -> Result<(), SessionError> {
+        let mut acks = Vec::from_iter(work.acks.take_group());
+        let waiting = work.acks.untold();
+        if waiting == 0 {
+            work.flush_at = None;
+        } else {
+            let flush_at =
+                *work.flush_at.get_or_insert_with(|| Instant::now() + HOLE_CLOSES_WITHIN);
+            let is_much = waiting >= usize::from(self.prefetch / 4);
+            // What is parked is long out as it is, and what is taken is waited for.
+            let at_once = is_much || self.parked.is_some() || !work.taken.is_empty();
+            if at_once || flush_at <= Instant::now() {
+                acks.extend(work.acks.take_singles());
+                work.flush_at = None;
+            }
+        }
+        let sent = acks.into_iter().map(|ack| {
             let options = BasicAckOptions { multiple: ack.multiple };
             self.channel.basic_ack(ack.tag, options)
         });
@@ -374,9 +397,9 @@ impl Settler {
     }
 }
 
-/// Waits until something parked is to be renewed.
-async fn due(parked: Option<&Held>) {
-    match parked.and_then(Held::next_due) {
+/// Waits for a moment, or for ever.
+async fn due(at: Option<Instant>) {
+    match at {
         Some(due) => sleep_until(due).await,
         None => std::future::pending().await,
     }

@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use atomizer::{
-    Address, AtomId, Conductor, Electron, Envelope, Message, NodeId, OpenError, Payload, Session,
-    Source, prelude::*,
+    Address, AtomId, CallError, Conductor, Electron, Envelope, Message, NodeId, OpenError, Payload,
+    SendError, Session, Source, prelude::*,
 };
 use atomizer_rabbitmq::{RabbitMq, Requeue, Selection, TopologyMode};
 use atomizer_test_support::{Permissions, Vhost};
