@@ -18,6 +18,8 @@ use tokio::task::block_in_place;
 use emptied::Emptied;
 use reference::Headers;
 
+/// How many deliveries are unacknowledged at the most, on either side.
+const PREFETCH: u16 = 1024;
 /// The queue of the atom, as a node names it.
 const QUEUE: &str = "atomizer.atom.noop";
 

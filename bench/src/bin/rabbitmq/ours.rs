@@ -16,7 +16,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Notify, task::JoinSet};
 
-use crate::emptied::Emptied;
+use crate::{PREFETCH, emptied::Emptied};
 
 /// How many sends are in flight.
 const SENDS_IN_FLIGHT: usize = 1024;
@@ -55,6 +55,12 @@ impl Atom for Noop {
     const ID: &'static str = "noop";
     type Input = Job;
     type Output = Job;
+
+    /// As many as the reference has: a window that is empty before the next deliveries are there costs either side
+    /// the same.
+    fn options(&self) -> Options {
+        Options::default().prefetch(PREFETCH.into())
+    }
 
     async fn process(&self, _cx: &Context, input: Job) -> Result<Job, AtomError> {
         self.0.first.get_or_init(now);

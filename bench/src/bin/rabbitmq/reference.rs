@@ -35,8 +35,6 @@ const ID: &str = "01932c07-e8f1-7a3b-9c4d-5e6f70819203";
 
 /// How many publishes are unconfirmed at the most.
 const UNCONFIRMED_MAX: usize = 1024;
-/// How many deliveries are unacknowledged at the most.
-const PREFETCH: u16 = 1024;
 /// How many deliveries are acknowledged together.
 const GROUP: usize = 64;
 
@@ -92,7 +90,7 @@ async fn confirming(connection: &Connection) -> Result<Channel> {
 
 async fn consume(connection: &Connection, queue: &str) -> Result<(Channel, Consumer)> {
     let channel = connection.create_channel().await?;
-    channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+    channel.basic_qos(crate::PREFETCH, BasicQosOptions::default()).await?;
     let options = BasicConsumeOptions::default();
     let consumer =
         channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await?;
