@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::cargo::{cargo, has, root};
-use crate::{stream, test, versions};
+use crate::{
+    bench::{self, Recovery},
+    stream, test, versions,
+};
 
 /// The README's first command, and how the last line of its output begins.
 const EXAMPLE: &str = "cargo run --release --example montecarlo";
@@ -30,13 +33,15 @@ enum Outcome {
 
 type Step = (&'static str, fn() -> Result<Outcome>);
 
-const STEPS: [Step; 7] = [
+const STEPS: [Step; 9] = [
     ("format", format),
     ("clippy", clippy),
     ("documentation", documentation),
     ("dependencies", dependencies),
     ("tests", tests),
+    ("tests of TLS", tests_of_tls),
     ("newer broker", tests_on_newer),
+    ("recovery", recovery),
     ("first example", first_example),
 ];
 
@@ -81,8 +86,10 @@ fn format() -> Result<Outcome> {
 }
 
 fn clippy() -> Result<Outcome> {
-    let arguments = "clippy --workspace --all-targets -- -D warnings";
-    call(&mut cargo(arguments.split(' ')))
+    call(&mut cargo("clippy --workspace --all-targets -- -D warnings".split(' ')))?;
+    // Features that are left out unless they are asked for.
+    let tls = "clippy --package atomizer-rabbitmq --features tls --all-targets -- -D warnings";
+    call(&mut cargo(tls.split(' ')))
 }
 
 fn documentation() -> Result<Outcome> {
@@ -102,6 +109,14 @@ fn tests() -> Result<Outcome> {
     test::run(&options).map(|()| Outcome::Done)
 }
 
+/// Tests what only a feature has, which would make the build heavier for all the rest.
+fn tests_of_tls() -> Result<Outcome> {
+    let packages = vec!["atomizer-rabbitmq".to_owned()];
+    let extra = ["--features", "tls", "tls::"].map(str::to_owned).to_vec();
+    let options = test::Options { yes: true, packages, extra, ..test::Options::default() };
+    test::run(&options).map(|()| Outcome::Done)
+}
+
 /// Tests on a newer RabbitMQ, where one can be had.
 fn tests_on_newer() -> Result<Outcome> {
     let version = NEWER_RABBITMQ.parse().context("it is a version")?;
@@ -113,6 +128,11 @@ fn tests_on_newer() -> Result<Outcome> {
     let rabbitmq = Some(version);
     let options = test::Options { yes: true, rabbitmq, packages, ..test::Options::default() };
     test::run(&options).map(|()| Outcome::Done)
+}
+
+/// Brings about each fault once, and sees everything recover.
+fn recovery() -> Result<Outcome> {
+    bench::recovery(&Recovery::smoke()).map(|()| Outcome::Done)
 }
 
 /// Does what a newcomer does first.
