@@ -214,7 +214,10 @@ impl Conductor for RabbitMq {
                     addresses.answered();
                     return Ok(Arc::new(session));
                 }
-                Err(error) => errors.push(error),
+                Err(error) => {
+                    tracing::debug!(%error, "an address was of no use");
+                    errors.push(error);
+                }
             }
         }
         Err(addresses.none_answered(errors, begun.elapsed()))

@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -57,14 +60,33 @@ pub(crate) enum Via {
 /// is one: for ten seconds and more after the leader of a queue was killed, a node may decline everything that is
 /// for it (seen with 3.10.8).
 const DECLINED_MAX: u32 = 20;
-/// How long a session is kept at the least before it is given up for that. A queue that is full declines too, and
-/// no other session would do better.
-const KEPT_AT_LEAST: Duration = Duration::from_secs(30);
+/// How long a session that has never had a message taken waits for a confirm before the next is tried. A channel
+/// that was opened before a new leader was known holds on to the old one: it answers a message in 7 s, by declining
+/// it, and so on for ever (seen with 3.10.8, the old leader being cut off). One that is opened afterwards is well.
+const FIRST_CONFIRM_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a session is kept at the least when the last was given up for one of these: twice as long each time. A
+/// queue that is full declines too, a slow disk confirms late, and no other session would do better.
+const KEPT_MIN: Duration = Duration::from_secs(2);
+const KEPT_MAX: Duration = Duration::from_secs(30);
 
-/// When a session was last given up because the broker declined what it published; shared by all sessions of a
-/// conductor.
+/// When a session was last given up because the broker took nothing, and how long to keep what followed; shared by
+/// all sessions of a conductor.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Moves(Arc<Mutex<Option<Instant>>>);
+pub(crate) struct Moves(Arc<Mutex<Option<(Instant, Duration)>>>);
+
+impl Moves {
+    /// True when the session may be given up: it was kept long enough.
+    fn may(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let keep = match *last {
+            Some((moved, keep)) if moved.elapsed() < keep => return false,
+            Some((moved, keep)) if moved.elapsed() < 2 * KEPT_MAX => (2 * keep).min(KEPT_MAX),
+            _ => KEPT_MIN,
+        };
+        *last = Some((Instant::now(), keep));
+        true
+    }
+}
 
 /// How a session fares with what it publishes.
 #[derive(Debug)]
@@ -85,15 +107,7 @@ impl Declines {
     /// Notes that the broker declined one. True when the session is to be given up for it.
     fn declined(&mut self) -> bool {
         self.in_a_row += 1;
-        if self.in_a_row < DECLINED_MAX {
-            return false;
-        }
-        let mut last = self.moves.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let may = last.is_none_or(|last| last.elapsed() >= KEPT_AT_LEAST);
-        if may {
-            *last = Some(Instant::now());
-        }
-        may
+        self.in_a_row >= DECLINED_MAX && self.moves.may()
     }
 }
 
@@ -262,10 +276,18 @@ struct Batch {
     done: oneshot::Sender<Results>,
 }
 
+/// Where messages are published.
+struct Line {
+    channel: Channel,
+    life: Life,
+    moves: Moves,
+    /// Whether the broker has ever taken a message here.
+    proven: AtomicBool,
+}
+
 /// What is on its way to the broker.
 struct UnderWay<'a> {
-    channel: &'a Channel,
-    life: &'a Life,
+    line: &'a Line,
     declines: Declines,
     publishes: FuturesUnordered<BoxFuture<'a, Answered>>,
     batches: HashMap<u64, Batch>,
@@ -282,19 +304,21 @@ struct UnderWay<'a> {
 async fn publish_all(
     channel: Channel,
     mut wanted: mpsc::Receiver<Command>,
-    life: EndWhenDropped,
+    end_when_dropped: EndWhenDropped,
     moves: Moves,
 ) {
+    let life = end_when_dropped.0.clone();
+    let declines = Declines::new(moves.clone());
+    let line = Line { channel, life, moves, proven: AtomicBool::new(false) };
     let mut under_way = UnderWay {
-        channel: &channel,
-        life: &life.0,
-        declines: Declines::new(moves),
+        line: &line,
+        declines,
         publishes: FuturesUnordered::new(),
         batches: HashMap::new(),
         next_batch: 0,
         returned: HashMap::new(),
     };
-    let mut ended = pin!(life.0.ended());
+    let mut ended = pin!(line.life.ended());
     loop {
         tokio::select! {
             biased;
@@ -322,8 +346,7 @@ impl UnderWay<'_> {
         for (at, prepared) in batch.into_iter().enumerate() {
             results.push(prepared.map(|publication| {
                 unanswered += 1;
-                let (channel, life) = (self.channel, self.life);
-                self.publishes.push(Box::pin(publish(channel, life, publication, number, at)));
+                self.publishes.push(Box::pin(publish(self.line, publication, number, at)));
             }));
         }
         self.batches.insert(number, Batch { results, unanswered, done });
@@ -367,23 +390,24 @@ impl UnderWay<'_> {
             }
             // The next session declares again what is missing.
             if let Address::DeadLetter(_) = to {
-                self.life.end("the queue of dead letters is gone".to_owned());
+                self.line.life.end("the queue of dead letters is gone".to_owned());
             } else if delayed {
                 let reason = "a queue for delays is gone".to_owned();
-                self.life.end(reason.clone());
+                self.line.life.end(reason.clone());
                 return Err(SendError::NotTaken(reason));
             }
             return Err(SendError::Unroutable(to.to_string()));
         }
         match confirmation {
             Confirmation::Ack(_) => {
+                self.line.proven.store(true, Ordering::Relaxed);
                 self.declines.taken();
                 Ok(())
             }
             Confirmation::Nack(_) => {
                 if self.declines.declined() {
                     let reason = format!("the broker declined {DECLINED_MAX} messages in a row");
-                    self.life.end(reason);
+                    self.line.life.end(reason);
                 }
                 Err(SendError::NotTaken("the broker declined".to_owned()))
             }
@@ -404,13 +428,8 @@ impl UnderWay<'_> {
     }
 }
 
-async fn publish(
-    channel: &Channel,
-    life: &Life,
-    publication: Publication,
-    batch: u64,
-    at: usize,
-) -> Answered {
+async fn publish(line: &Line, publication: Publication, batch: u64, at: usize) -> Answered {
+    let Line { channel, life, moves, proven } = line;
     let Publication { route, to, delayed, properties, body } = publication;
     let Route { exchange, key: routing_key } = route;
     let key = Key::new(exchange.as_str(), routing_key.as_str(), &properties);
@@ -419,9 +438,16 @@ async fn publish(
     let mut confirmed = pin!(async {
         channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await
     });
+    let mut waited = Duration::ZERO;
     let answer = loop {
-        match timeout(CONFIRM_TIMEOUT, &mut confirmed).await {
-            Ok(Ok(confirmation)) => break Ok(confirmation),
+        match timeout(FIRST_CONFIRM_TIMEOUT, &mut confirmed).await {
+            Ok(Ok(confirmation)) => {
+                let late = !waited.is_zero() && matches!(confirmation, Confirmation::Nack(_));
+                if late && moves.may() {
+                    life.end(format!("the broker declined a message after more than {waited:?}"));
+                }
+                break Ok(confirmation);
+            }
             Ok(Err(error)) => {
                 // What closed the channel says more than that it is closed: another publish has been told.
                 if let ErrorKind::InvalidChannelState(..) = error.kind() {
@@ -438,9 +464,13 @@ async fn publish(
             }
             Err(_) if life.is_blocked() => {}
             Err(_) => {
-                let reason = format!("no confirm within {CONFIRM_TIMEOUT:?}");
-                life.end(reason.clone());
-                break Err(SendError::Unknown(reason));
+                waited += FIRST_CONFIRM_TIMEOUT;
+                let hopeless = !proven.load(Ordering::Relaxed) && moves.may();
+                if hopeless || waited >= CONFIRM_TIMEOUT {
+                    let reason = format!("no confirm within {waited:?}");
+                    life.end(reason.clone());
+                    break Err(SendError::Unknown(reason));
+                }
             }
         }
     };
@@ -471,7 +501,17 @@ mod tests {
             0,
             "a queue that is full is full for every session"
         );
-        advance(KEPT_AT_LEAST).await;
+        advance(KEPT_MIN).await;
         assert_eq!(in_a_row(&mut second, 1), 1);
+        let mut given_up = 0;
+        for _ in 0..600 {
+            advance(Duration::from_secs(1)).await;
+            given_up += in_a_row(&mut second, 1);
+        }
+        assert!((20..=24).contains(&given_up), "each is kept longer, up to a bound: {given_up}");
+        advance(2 * KEPT_MAX).await;
+        assert_eq!(in_a_row(&mut second, 1), 1);
+        advance(KEPT_MIN).await;
+        assert_eq!(in_a_row(&mut second, 1), 1, "that is forgotten after a while");
     }
 }

@@ -10,6 +10,7 @@ mod delays;
 mod faults;
 mod holding;
 mod interop;
+mod leftovers;
 mod load;
 mod open;
 mod parking;
