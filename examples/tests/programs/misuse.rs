@@ -22,7 +22,7 @@ fn wrongly_typed_is_said_and_exits_2() {
         (
             "montecarlo",
             vec!["--amqp", "http://alice:s3cret@host/"],
-            "it does not begin with amqp://",
+            "it begins neither with amqp:// nor with amqps://",
         ),
         ("montecarlo", vec!["--amqp=alice:s3cret@host"], "for '--amqp <URL>'"),
         ("agent", vec!["--amqp", "amqp://alice:s3cret@host:port/"], "is not a RabbitMQ URL"),
@@ -31,7 +31,7 @@ fn wrongly_typed_is_said_and_exits_2() {
         ("agent", vec!["--concurrency", "0"], "--concurrency"),
         ("agent", vec!["--concurrency", "-1"], "--concurrency"),
         ("agent", vec!["--name", "two words"], "is not a valid node id"),
-        ("console", vec!["--amqp", "amqps://alice:s3cret@host"], "TLS is not supported yet"),
+        ("console", vec!["--amqp", "amqps://alice:s3cret@host"], "TLS needs the feature `tls`"),
         ("console", vec!["--deadline", "soon"], "--deadline"),
         ("policies", vec!["--retry", "3"], "--retry"),
         ("policies", vec!["amqp://alice:s3cret@host/"], "unexpected argument"),

@@ -15,12 +15,12 @@ use lapin::{
     message::Delivery,
     options::{
         BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions,
-        BasicNackOptions, BasicQosOptions, ConfirmSelectOptions,
+        BasicNackOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
     },
     protocol::AMQPSoftError,
     types::FieldTable,
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{DeadLetters, DeadLettersError, Opened, copy, publish};
 use crate::{
@@ -34,6 +34,9 @@ const WINDOW_BYTES: u64 = 4 * 1024 * 1024;
 const WINDOW_FIRST: u64 = 16;
 /// How long to wait for letters that should be there before asking whether they are: others may have them.
 const QUIET: Duration = Duration::from_millis(300);
+/// How long to wait until what was given back can be seen, and how often to look.
+const GIVEN_BACK_WITHIN: Duration = Duration::from_secs(1);
+const GIVEN_BACK_POLL: Duration = Duration::from_millis(5);
 /// How many letters are given back in one go. RabbitMQ 3.10 puts those of one go into the order of an Erlang
 /// map: the right one up to 32.
 const GO_MAX: usize = 32;
@@ -260,20 +263,38 @@ impl Walk {
 
     /// Gives back what was not removed, in its old order, and closes the connection.
     pub(super) async fn give_back(self) -> Result<(), SessionError> {
-        let options = BasicNackOptions { multiple: true, requeue: true };
-        let (goes, channel) = (self.goes(), &self.channel);
-        let giving = async move {
-            // From version 4.3 on this does not count as a delivery, but the loss of the connection does.
-            try_join_all(goes.into_iter().map(|tag| channel.basic_nack(tag, options))).await?;
-            channel.basic_qos(1, BasicQosOptions::default()).await
-        };
         // Nothing is held where the queue was not there, or when the channel is lost: it went back then.
         let given = match self.channel.status().connected() {
-            true => self.opened.life.bound(REQUEST_TIMEOUT, giving).await,
+            true => self.opened.life.bound(REQUEST_TIMEOUT, self.give_back_all()).await,
             false => Ok(()),
         };
         self.opened.close().await;
         given
+    }
+
+    async fn give_back_all(&self) -> lapin::Result<()> {
+        let options = BasicNackOptions { multiple: true, requeue: true };
+        let goes = self.goes().into_iter();
+        // From version 4.3 on this does not count as a delivery, but the loss of the connection does.
+        try_join_all(goes.map(|tag| self.channel.basic_nack(tag, options))).await?;
+        // The broker answers no nack, and keeps many of them to itself for a moment: whoever looks next would find
+        // an empty queue.
+        let arrived = async {
+            while self.ready().await? < self.held.len() as u64 {
+                sleep(GIVEN_BACK_POLL).await;
+            }
+            Ok(())
+        };
+        // Others may have taken them by then.
+        timeout(GIVEN_BACK_WITHIN, arrived).await.unwrap_or(Ok(()))
+    }
+
+    /// Counts what is ready.
+    async fn ready(&self) -> lapin::Result<u64> {
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        let queue = self.queue.as_str().into();
+        let queue = self.channel.queue_declare(queue, options, FieldTable::default()).await?;
+        Ok(queue.message_count().into())
     }
 
     /// The last tag of each go. What one consumer had goes by itself: the order between consumers is not kept

@@ -66,29 +66,6 @@ async fn a_sender_that_may_not_declare_is_told_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_that_is_there_with_other_arguments_is_used() {
-    let vhost = vhost().await;
-    let vhost = blocking(move || {
-        let path = format!("/api/queues/{}/atomizer.atom.double", vhost.name());
-        let classic = serde_json::json!({ "durable": true, "arguments": {} });
-        vhost.node().manage("PUT", &path, Some(&classic)).unwrap();
-        let exchange = serde_json::json!({ "type": "direct", "durable": true });
-        let path = format!("/api/exchanges/{}/atomizer", vhost.name());
-        vhost.node().manage("PUT", &path, Some(&exchange)).unwrap();
-        let path = format!("/api/bindings/{}/e/atomizer/q/atomizer.atom.double", vhost.name());
-        let key = serde_json::json!({ "routing_key": "atom.double" });
-        vhost.node().manage("POST", &path, Some(&key)).unwrap();
-        vhost
-    })
-    .await;
-    let builder = Atomizer::builder().conductor(rabbit(&vhost.url())).atom(Double);
-    let atomizer = builder.start().await.unwrap();
-    assert_eq!(soon(atomizer.call::<Double>(4).into_future()).await.unwrap(), 8);
-    atomizer.drain().await.unwrap();
-    blocking(move || drop(vhost)).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_with_more_headers_than_fit_is_kept_without_those_of_others() {
     let vhost = vhost().await;
     let conductor = rabbit(&vhost.url());
