@@ -80,7 +80,8 @@ impl Moves {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let keep = match *last {
             Some((moved, keep)) if moved.elapsed() < keep => return false,
-            Some((moved, keep)) if moved.elapsed() < 2 * KEPT_MAX => (2 * keep).min(KEPT_MAX),
+            // One that fared well for longer met a fault of its own.
+            Some((moved, keep)) if moved.elapsed() < 4 * keep => (2 * keep).min(KEPT_MAX),
             _ => KEPT_MIN,
         };
         *last = Some((Instant::now(), keep));
@@ -509,7 +510,7 @@ mod tests {
             given_up += in_a_row(&mut second, 1);
         }
         assert!((20..=24).contains(&given_up), "each is kept longer, up to a bound: {given_up}");
-        advance(2 * KEPT_MAX).await;
+        advance(4 * KEPT_MAX).await;
         assert_eq!(in_a_row(&mut second, 1), 1);
         advance(KEPT_MIN).await;
         assert_eq!(in_a_row(&mut second, 1), 1, "that is forgotten after a while");

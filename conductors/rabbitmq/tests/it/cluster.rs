@@ -213,8 +213,11 @@ async fn a_minority_that_is_cut_off_costs_no_electron() {
             cluster.cut_off(minority).unwrap();
         })
         .await;
+    // Silence is detected by heartbeats, within 4 s, and by the other brokers within 10 s.
+    let cut_off = Instant::now();
+    soon(scene.asking.wait_for(|opened| *opened > 0)).await.expect("it was connected to it");
+    println!("cut off: another broker serves the asker after {:?}", cut_off.elapsed());
     scene.calls.flow("cut off").await;
-    assert!(*scene.asking.borrow() > 0, "it was connected to it");
     // Asked on its own side of the cut.
     let paused = scene.with(move |cluster, _| {
         let broker = &cluster.brokers()[minority];
