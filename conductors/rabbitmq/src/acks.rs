@@ -45,6 +45,11 @@ impl Acks {
     /// Notes that a delivery went back to the broker by other means.
     pub(crate) fn returned(&mut self, tag: u64) {
         self.count.fetch_add(1, Ordering::Relaxed);
+        self.not_ours(tag);
+    }
+
+    /// Notes a tag that the consumer was not brought.
+    pub(crate) fn not_ours(&mut self, tag: u64) {
         let last = self.gone.remove(&(tag + 1)).unwrap_or(tag);
         match self.gone.range_mut(..tag).next_back() {
             Some((_, before)) if *before + 1 == tag => *before = last,
@@ -136,6 +141,16 @@ mod tests {
         acks.acknowledge(2);
         assert_eq!(acks.take_group(), Some(ack(4, true)));
         assert_eq!(acks.untold(), 0);
+    }
+
+    #[test]
+    fn a_tag_that_is_not_ours_is_no_hole_and_does_not_count() {
+        let mut acks = Acks::default();
+        acks.acknowledge(1);
+        acks.not_ours(2);
+        acks.acknowledge(3);
+        assert_eq!(acks.take(), [ack(3, true)]);
+        assert_eq!(acks.count.load(Ordering::Relaxed), 2);
     }
 
     #[test]

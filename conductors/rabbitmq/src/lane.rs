@@ -20,7 +20,7 @@ use futures::{
 };
 use lapin::{
     Channel, Consumer,
-    options::{BasicAckOptions, BasicCancelOptions, BasicNackOptions, BasicQosOptions},
+    options::{BasicAckOptions, BasicCancelOptions, BasicGetOptions, BasicNackOptions},
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -46,6 +46,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const HOLE_CLOSES_WITHIN: Duration = Duration::from_millis(1);
 /// How many commands are carried out before acknowledgements are sent.
 const COMMANDS_MAX: usize = 256;
+/// How many settlements a RabbitMQ channel hands to a quorum queue before it waits for one to be carried out
+/// (`quorum_commands_soft_limit`).
+const PENDING_MAX: usize = 32;
 
 /// What a settler is asked to do with one delivery, named by the key in its ticket: its tag, or a number of ours for
 /// what is parked.
@@ -133,6 +136,7 @@ impl LaneId {
 pub(crate) struct Settler {
     pub(crate) id: LaneId,
     pub(crate) channel: Channel,
+    pub(crate) queue: String,
     pub(crate) prefetch: u16,
     /// How many deliveries are settled or given back.
     pub(crate) gone: Arc<AtomicU64>,
@@ -152,6 +156,8 @@ type Published = (u64, Vec<(Envelope, SendError)>, Done);
 #[derive(Default)]
 struct Work {
     acks: Acks,
+    /// How many settlements were sent since the queue answered last.
+    unanswered: usize,
     publishing: FuturesUnordered<BoxFuture<'static, Published>>,
     /// When acknowledgements are sent that wait for a hole to close.
     flush_at: Option<Instant>,
@@ -229,7 +235,7 @@ impl Settler {
             Command::Release { key } => match &mut self.parked {
                 None => {
                     work.acks.returned(key);
-                    self.negative(key, true).await?;
+                    self.negative(key, true, work).await?;
                 }
                 Some(parked) => {
                     let copy = parked.give_back(key);
@@ -250,7 +256,7 @@ impl Settler {
             }
             Command::Reject { tag } => {
                 work.acks.returned(tag);
-                self.negative(tag, false).await?;
+                self.negative(tag, false, work).await?;
             }
             Command::GiveBack => {
                 let copies = self.parked.as_mut().map(Held::give_back_all);
@@ -333,7 +339,8 @@ impl Settler {
         }
     }
 
-    async fn negative(&self, tag: u64, requeue: bool) -> Result<(), SessionError> {
+    async fn negative(&self, tag: u64, requeue: bool, work: &mut Work) -> Result<(), SessionError> {
+        work.unanswered += 1;
         let options = BasicNackOptions { requeue, ..Default::default() };
         self.life.bound(WRITE_TIMEOUT, self.channel.basic_nack(tag, options)).await
     }
@@ -345,7 +352,7 @@ impl Settler {
         let acks = &work.acks;
         self.tell(work.settled.extract_if(.., |(key, _)| acks.is_told(*key)));
         if !work.taken.is_empty() {
-            self.barrier().await?;
+            self.barrier(work).await?;
             self.tell(work.taken.drain(..));
         }
         Ok(())
@@ -378,6 +385,7 @@ impl Settler {
                 work.flush_at = None;
             }
         }
+        work.unanswered += acks.len();
         let sent = acks.into_iter().map(|ack| {
             let options = BasicAckOptions { multiple: ack.multiple };
             self.channel.basic_ack(ack.tag, options)
@@ -386,14 +394,31 @@ impl Settler {
         self.life.bound(WRITE_TIMEOUT, sent).await
     }
 
-    /// Waits until the broker has carried out what it was sent on this channel.
+    /// Waits until the queue has carried out the settlements that were sent on this channel: they are in its log on
+    /// most of its members, and neither a lost connection nor a crash undoes them.
     ///
-    /// Acknowledgements are not answered. But a channel carries out one method after the other (AMQP 0-9-1,
-    /// 4.7), so the answer to a request says that what was sent before it is done. This request changes
-    /// nothing: a window is given to consumers that are still to come.
-    async fn barrier(&self) -> Result<(), SessionError> {
-        let asking = self.channel.basic_qos(self.prefetch, BasicQosOptions::default());
-        self.life.bound(REQUEST_TIMEOUT, asking).await
+    /// Acknowledgements are not answered, and an answer of the channel itself (`basic.qos`, a passive declaration)
+    /// says nothing: the channel hands a settlement to the queue and goes on. `basic.get` is a command in the log
+    /// of a quorum queue as well, behind what the channel handed over before, and is answered once it is carried
+    /// out. Beyond [`PENDING_MAX`] settlements the channel keeps the rest until it hears that the first ones are
+    /// carried out. It hears that before it has the answer to the first command, so the second is behind all.
+    /// Only a queue that changes its leader meanwhile may carry out a command before what was sent ahead of it.
+    ///
+    /// What it brings goes back at once. A consumer would be a command as well, but would be brought more, and what
+    /// is on its way to one that is cancelled goes back, too.
+    async fn barrier(&self, work: &mut Work) -> Result<(), SessionError> {
+        let commands = if work.unanswered > PENDING_MAX { 2 } else { 1 };
+        for _ in 0..commands {
+            let queue = self.queue.as_str().into();
+            let getting = self.channel.basic_get(queue, BasicGetOptions::default());
+            let brought = self.life.bound(REQUEST_TIMEOUT, getting).await?;
+            work.unanswered = 0;
+            if let Some(brought) = brought {
+                work.acks.not_ours(brought.delivery_tag);
+                self.negative(brought.delivery_tag, true, work).await?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -422,7 +447,7 @@ async fn publish(
 /// What of its window a consumer uses.
 pub(crate) struct Window {
     pub(crate) prefetch: u16,
-    /// The last tag, and so the number of all deliveries: tags count up from 1.
+    /// How many there were in all.
     pub(crate) delivered: u64,
     pub(crate) gone: Arc<AtomicU64>,
 }
@@ -469,7 +494,7 @@ impl LaneSubscription {
     }
 
     fn delivery(&mut self, delivery: lapin::message::Delivery) -> Delivery {
-        self.window.delivered = delivery.delivery_tag;
+        self.window.delivered += 1;
         let ticket = self.id.ticket(delivery.delivery_tag);
         let (wire, redeliveries) =
             convert::wire(&delivery.properties, delivery.redelivered, delivery.data);

@@ -232,6 +232,7 @@ impl RabbitSession {
     fn add_lane(
         &self,
         channel: &Channel,
+        queue: &str,
         prefetch: u16,
         gone: Arc<AtomicU64>,
         parked: Option<Held>,
@@ -244,6 +245,7 @@ impl RabbitSession {
         let settler = Settler {
             id: id.clone(),
             channel: channel.clone(),
+            queue: queue.to_owned(),
             prefetch,
             gone,
             publisher: self.publisher.clone(),
@@ -310,7 +312,8 @@ impl RabbitSession {
             consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
         let lease = Lease::new(Arc::clone(&self.leases), &name);
         let held = Held::new(Arc::clone(&lease), self.limits().hold_max);
-        let (id, settler_gone) = self.add_lane(&channel, PARKED_MAX, Arc::default(), Some(held));
+        let (id, settler_gone) =
+            self.add_lane(&channel, &name, PARKED_MAX, Arc::default(), Some(held));
         *current = Some((Arc::clone(&lease), id.clone()));
         let (receiving, life) = (Arc::clone(&lease), self.life.clone());
         let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
@@ -408,7 +411,7 @@ impl Session for RabbitSession {
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
         let (channel, consumer) = self.consume(&queue, prefetch).await?;
         let gone = Arc::<AtomicU64>::default();
-        let (id, settler_gone) = self.add_lane(&channel, prefetch, Arc::clone(&gone), None);
+        let (id, settler_gone) = self.add_lane(&channel, &queue, prefetch, Arc::clone(&gone), None);
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);

@@ -18,6 +18,7 @@ mod permissions;
 mod publishing;
 mod silent;
 mod support;
+mod taking;
 #[cfg(feature = "tls")]
 mod tls;
 mod topology;
