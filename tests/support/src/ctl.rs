@@ -52,26 +52,11 @@ impl Ctl {
     /// Asks the queue's own process how much it holds.
     ///
     /// Everything else lags: the management interface, and for quorum queues `list_queues` too,
-    /// show counters that are renewed every five seconds. From 4.3 on it takes no function of ours
-    /// to carry out, only the name of one of its own; before, that would have been the end of it.
+    /// show counters that are renewed every five seconds.
     pub(crate) fn depth(&self, vhost: &str, queue: &str) -> Result<Option<Depth>, BrokerError> {
         let program = format!(
-            "Name = rabbit_misc:r({}, queue, {}),
-            case rabbit_amqqueue:lookup(Name) of
-                {{ok, Q}} ->
-                    case amqqueue:get_type(Q) of
-                        rabbit_quorum_queue ->
-                            At = amqqueue:get_pid(Q),
-                            {{ok, {{_, O}}, _}} =
-                                try ra:leader_query(At, fun rabbit_fifo:overview/1)
-                                catch error:function_clause ->
-                                    ra:leader_query(At, {{rabbit_fifo, overview, []}})
-                                end,
-                            {{maps:get(num_ready_messages, O), maps:get(num_checked_out, O)}};
-                        _ ->
-                            [{{_, R}}, {{_, U}}] = rabbit_amqqueue:info(
-                                Q, [messages_ready, messages_unacknowledged]), {{R, U}}
-                    end;
+            "{DEPTH} case rabbit_amqqueue:lookup(rabbit_misc:r({}, queue, {})) of
+                {{ok, Q}} -> Depth(Q);
                 _ -> none
             end.",
             binary(vhost),
@@ -87,7 +72,47 @@ impl Ctl {
             text: answer.to_owned(),
         })
     }
+
+    /// Asks all queues of a virtual host how much they hold, as [`depth`](Self::depth) does one.
+    pub(crate) fn depths(&self, vhost: &str) -> Result<Vec<(String, Depth)>, BrokerError> {
+        let program = format!(
+            "{DEPTH} lists:foreach(
+                fun(Q) ->
+                    {{resource, _, queue, Name}} = amqqueue:get_name(Q),
+                    io:format(\"~s ~w~n\", [Name, Depth(Q)])
+                end,
+                rabbit_amqqueue:list({})).",
+            binary(vhost)
+        );
+        let answer = self.run(&["eval", &program])?;
+        // The value of the last expression is written too.
+        let lines = answer.lines().filter(|line| *line != "ok");
+        let depth = |line: &str| {
+            let (name, depth) = line.split_once(' ')?;
+            Some((name.to_owned(), parse_depth(depth)?))
+        };
+        let depths: Option<_> = lines.map(depth).collect();
+        depths.ok_or(BrokerError::Unexpected { what: "the depths of queues", text: answer })
+    }
 }
+
+/// Tells how much a queue holds. From 4.3 on a queue takes no function of ours to carry out, only the name of one of
+/// its own; before, that would have been the end of it.
+const DEPTH: &str = "Depth = fun(Q) ->
+    case amqqueue:get_type(Q) of
+        rabbit_quorum_queue ->
+            At = amqqueue:get_pid(Q),
+            {ok, {_, O}, _} =
+                try ra:leader_query(At, fun rabbit_fifo:overview/1)
+                catch error:function_clause ->
+                    ra:leader_query(At, {rabbit_fifo, overview, []})
+                end,
+            {maps:get(num_ready_messages, O), maps:get(num_checked_out, O)};
+        _ ->
+            [{_, R}, {_, U}] = rabbit_amqqueue:info(Q, [messages_ready, messages_unacknowledged]),
+            {R, U}
+    end
+end,";
 
 /// Finds a quorum queue as `Name`, the name that its processes on all nodes have.
 const FIND: &str = "{ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(VHOST, queue, QUEUE)),

@@ -189,6 +189,16 @@ impl Vhost {
         self.node.ctl_of().depth(&self.name, queue)
     }
 
+    /// Returns how much each of its queues holds at this moment, as
+    /// [`queue_depth`](Self::queue_depth) does for one, in one call.
+    ///
+    /// # Errors
+    ///
+    /// When `rabbitmqctl` fails, as for a quorum queue without a leader.
+    pub fn depths(&self) -> Result<Vec<(String, Depth)>, BrokerError> {
+        self.node.ctl_of().depths(&self.name)
+    }
+
     /// Returns the names of the connections that are open at this moment.
     ///
     /// # Errors

@@ -140,10 +140,9 @@ async fn after_faults_parks_delays_and_dead_letters_only_what_is_documented_is_l
     worker.drain().await.unwrap();
     asker.drain().await.unwrap();
     blocking(move || {
-        for queue in vhost.queues().unwrap() {
-            let dead = u64::from(queue.name == "atomizer.dead");
-            let held = Depth { ready: dead, unacknowledged: 0 };
-            assert_eq!(vhost.queue_depth(&queue.name).unwrap(), Some(held), "{}", queue.name);
+        for (queue, depth) in vhost.depths().unwrap() {
+            let dead = u64::from(queue == "atomizer.dead");
+            assert_eq!(depth, Depth { ready: dead, unacknowledged: 0 }, "{queue}");
         }
         compare(&vhost);
         drop(vhost);
