@@ -52,6 +52,7 @@ mod lane;
 mod lease;
 mod life;
 mod publisher;
+mod returns;
 mod server;
 mod session;
 mod socket;

@@ -17,8 +17,8 @@ use atomizer::{
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
-    BasicProperties, Channel, Confirmation, ErrorKind, message::BasicReturnMessage,
-    options::BasicPublishOptions, protocol::AMQPSoftError, types::ShortString,
+    BasicProperties, Channel, Confirmation, ErrorKind, options::BasicPublishOptions,
+    protocol::AMQPSoftError, types::ShortString,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -31,6 +31,7 @@ use crate::{
     declare::refusal,
     delay::Ladder,
     life::Life,
+    returns::{Answered, Key, Returns},
     session::Options,
     topology::{Route, Topology},
 };
@@ -228,43 +229,17 @@ impl Drop for EndWhenDropped {
     }
 }
 
-/// What tells one publish from another in a message that the broker returns.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Key {
-    exchange: String,
-    routing_key: String,
-    message_id: Option<String>,
-    correlation_id: Option<String>,
+/// Whether the broker speaks of the exchange of a publish. An error ends the channel, and with it all that is under
+/// way, without saying which of them was at fault.
+fn is_meant_by(key: &Key, error: &lapin::Error) -> bool {
+    let exchange = if key.exchange.is_empty() { "amq.default" } else { &key.exchange };
+    plain(error).contains(&format!("'{exchange}'"))
 }
 
-impl Key {
-    fn new(exchange: &str, routing_key: &str, properties: &BasicProperties) -> Self {
-        let text = |text: &Option<_>| text.as_ref().map(ToString::to_string);
-        Self {
-            exchange: exchange.to_owned(),
-            routing_key: routing_key.to_owned(),
-            message_id: text(properties.message_id()),
-            correlation_id: text(properties.correlation_id()),
-        }
-    }
-
-    /// Whether the broker speaks of its exchange. An error ends the channel, and with it all that is under way,
-    /// without saying which of them was at fault.
-    fn is_meant_by(&self, error: &lapin::Error) -> bool {
-        let exchange = if self.exchange.is_empty() { "amq.default" } else { &self.exchange };
-        plain(error).contains(&format!("'{exchange}'"))
-    }
-
-    fn returned(message: &BasicReturnMessage) -> Self {
-        Self::new(message.exchange.as_str(), message.routing_key.as_str(), &message.properties)
-    }
-}
-
-/// One publish that the broker has answered.
-struct Answered {
+/// What was published, and what the broker answered.
+struct Answer {
     batch: u64,
     at: usize,
-    key: Key,
     to: Address,
     delayed: bool,
     answer: Result<Confirmation, SendError>,
@@ -290,15 +265,10 @@ struct Line {
 struct UnderWay<'a> {
     line: &'a Line,
     declines: Declines,
-    publishes: FuturesUnordered<BoxFuture<'a, Answered>>,
+    publishes: FuturesUnordered<BoxFuture<'a, Answered<Answer>>>,
     batches: HashMap<u64, Batch>,
     next_batch: u64,
-    /// Messages that were returned, and whose own confirm has not come yet.
-    ///
-    /// The client hands a returned message to whichever confirm it completes next, which need not be that of
-    /// the message: so it is looked up by what it says. It cannot come too late: the broker returns a message
-    /// before it confirms it, so the confirm that carries it is never completed after its own.
-    returned: HashMap<Key, u32>,
+    returns: Returns<Answer>,
 }
 
 /// Keeps as many publishes under way as there are: a client that awaits each in turn spends its time waiting.
@@ -317,7 +287,7 @@ async fn publish_all(
         publishes: FuturesUnordered::new(),
         batches: HashMap::new(),
         next_batch: 0,
-        returned: HashMap::new(),
+        returns: Returns::default(),
     };
     let mut ended = pin!(line.life.ended());
     loop {
@@ -354,20 +324,15 @@ impl UnderWay<'_> {
         self.finish(number);
     }
 
-    /// Takes in all that is answered by now, and only then decides: see [`UnderWay::returned`].
-    fn answered(&mut self, first: Answered) {
+    /// Takes in all that is answered by now, and only then decides: what was returned is told by any of them.
+    fn answered(&mut self, first: Answered<Answer>) {
         let mut all = vec![first];
         while let Some(Some(next)) = self.publishes.next().now_or_never() {
             all.push(next);
         }
-        for Answered { answer, .. } in &all {
-            if let Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) = answer
-            {
-                *self.returned.entry(Key::returned(message)).or_default() += 1;
-            }
-        }
-        for Answered { batch: number, at, key, to, delayed, answer } in all {
-            let result = self.decide(&key, &to, delayed, answer);
+        for (Answer { batch: number, at, to, delayed, answer }, returned) in self.returns.judge(all)
+        {
+            let result = self.decide(&to, delayed, answer, returned);
             if let Some(batch) = self.batches.get_mut(&number) {
                 batch.results[at] = result;
                 batch.unanswered -= 1;
@@ -378,17 +343,13 @@ impl UnderWay<'_> {
 
     fn decide(
         &mut self,
-        key: &Key,
         to: &Address,
         delayed: bool,
         answer: Result<Confirmation, SendError>,
+        returned: bool,
     ) -> Result<(), SendError> {
         let confirmation = answer?;
-        if let Some(count) = self.returned.get_mut(key) {
-            *count -= 1;
-            if *count == 0 {
-                self.returned.remove(key);
-            }
+        if returned {
             // The next session declares again what is missing.
             if let Address::DeadLetter(_) = to {
                 self.line.life.end("the queue of dead letters is gone".to_owned());
@@ -429,7 +390,7 @@ impl UnderWay<'_> {
     }
 }
 
-async fn publish(line: &Line, publication: Publication, batch: u64, at: usize) -> Answered {
+async fn publish(line: &Line, publication: Publication, batch: u64, at: usize) -> Answered<Answer> {
     let Line { channel, life, moves, proven } = line;
     let Publication { route, to, delayed, properties, body } = publication;
     let Route { exchange, key: routing_key } = route;
@@ -457,7 +418,7 @@ async fn publish(line: &Line, publication: Publication, batch: u64, at: usize) -
                 // Whatever went wrong, this channel is of no more use, and with it the session.
                 life.end(format!("publishing failed: {}", plain(&error)));
                 break Err(match refusal(&error) {
-                    Some(AMQPSoftError::ACCESSREFUSED) if key.is_meant_by(&error) => {
+                    Some(AMQPSoftError::ACCESSREFUSED) if is_meant_by(&key, &error) => {
                         SendError::Refused(plain(&error))
                     }
                     _ => SendError::Unknown(plain(&error)),
@@ -475,7 +436,13 @@ async fn publish(line: &Line, publication: Publication, batch: u64, at: usize) -
             }
         }
     };
-    Answered { batch, at, key, to, delayed, answer }
+    let carried = match &answer {
+        Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) => {
+            Some(Key::returned(message))
+        }
+        _ => None,
+    };
+    Answered { key, carried, what: Answer { batch, at, to, delayed, answer } }
 }
 
 #[cfg(test)]

@@ -1,0 +1,145 @@
+//! Tells which publish a returned message belongs to.
+//!
+//! The broker returns what it cannot route, and then confirms it like everything else. The client hands a returned
+//! message to whichever confirm it completes next, which need not be that of the message. So each is looked up by
+//! what it says.
+//!
+//! A confirm for many is completed in any order. So one of those may carry the message of another, and its own may
+//! be carried by that other, a moment later: a confirm that carries what is not its own is not judged before
+//! everything that was carried has found its own. The other is confirmed already, so that is soon.
+
+use std::collections::HashMap;
+
+use lapin::{BasicProperties, message::BasicReturnMessage};
+
+/// What tells one publish from another in a message that the broker returns.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    pub(crate) exchange: String,
+    routing_key: String,
+    message_id: Option<String>,
+    correlation_id: Option<String>,
+}
+
+impl Key {
+    pub(crate) fn new(exchange: &str, routing_key: &str, properties: &BasicProperties) -> Self {
+        let text = |text: &Option<_>| text.as_ref().map(ToString::to_string);
+        Self {
+            exchange: exchange.to_owned(),
+            routing_key: routing_key.to_owned(),
+            message_id: text(properties.message_id()),
+            correlation_id: text(properties.correlation_id()),
+        }
+    }
+
+    pub(crate) fn returned(message: &BasicReturnMessage) -> Self {
+        Self::new(message.exchange.as_str(), message.routing_key.as_str(), &message.properties)
+    }
+}
+
+/// One publish that the broker has answered.
+#[derive(Debug)]
+pub(crate) struct Answered<T> {
+    pub(crate) key: Key,
+    /// The returned message that came with the answer, whosesoever it is.
+    pub(crate) carried: Option<Key>,
+    pub(crate) what: T,
+}
+
+/// Returned messages and answers that have not found each other yet.
+#[derive(Debug)]
+pub(crate) struct Returns<T> {
+    /// Messages that were carried, and whose own answer has not come.
+    unclaimed: HashMap<Key, u32>,
+    /// Answers that carried the message of another.
+    uncertain: Vec<Answered<T>>,
+}
+
+impl<T> Default for Returns<T> {
+    fn default() -> Self {
+        Self { unclaimed: HashMap::new(), uncertain: Vec::new() }
+    }
+}
+
+impl<T> Returns<T> {
+    /// Takes in answers, and says of all that can be judged now whether their message was returned.
+    pub(crate) fn judge(&mut self, answered: Vec<Answered<T>>) -> Vec<(T, bool)> {
+        for key in answered.iter().filter_map(|answered| answered.carried.clone()) {
+            *self.unclaimed.entry(key).or_default() += 1;
+        }
+        let mut judged = Vec::with_capacity(answered.len());
+        let mut left = std::mem::take(&mut self.uncertain);
+        left.extend(answered);
+        for answered in left {
+            if self.claim(&answered.key) {
+                judged.push((answered.what, true));
+            } else if answered.carried.is_some() {
+                self.uncertain.push(answered);
+            } else {
+                judged.push((answered.what, false));
+            }
+        }
+        if self.unclaimed.is_empty() {
+            judged.extend(self.uncertain.drain(..).map(|answered| (answered.what, false)));
+        }
+        judged
+    }
+
+    fn claim(&mut self, key: &Key) -> bool {
+        let Some(count) = self.unclaimed.get_mut(key) else { return false };
+        *count -= 1;
+        if *count == 0 {
+            self.unclaimed.remove(key);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(name: &str) -> Key {
+        Key::new("", name, &BasicProperties::default())
+    }
+
+    fn answered(name: &'static str, carried: Option<&str>) -> Answered<&'static str> {
+        Answered { key: key(name), carried: carried.map(key), what: name }
+    }
+
+    fn judge(
+        returns: &mut Returns<&'static str>,
+        answers: Vec<Answered<&'static str>>,
+    ) -> Vec<(&'static str, bool)> {
+        let mut judged = returns.judge(answers);
+        judged.sort_unstable();
+        judged
+    }
+
+    #[test]
+    fn a_message_is_told_of_its_own_publish_whichever_answer_carried_it() {
+        let mut returns = Returns::default();
+        let answers = vec![answered("well", Some("gone")), answered("gone", None)];
+        assert_eq!(judge(&mut returns, answers), [("gone", true), ("well", false)]);
+        assert_eq!(judge(&mut returns, vec![answered("gone", None)]), [("gone", false)]);
+    }
+
+    #[test]
+    fn an_answer_that_carried_anothers_message_waits_for_what_that_one_carried() {
+        let mut returns = Returns::default();
+        assert_eq!(judge(&mut returns, vec![answered("a", Some("b"))]), []);
+        // What carries nothing was not returned: whatever was returned before it has been carried before.
+        assert_eq!(judge(&mut returns, vec![answered("well", None)]), [("well", false)]);
+        let judged = judge(&mut returns, vec![answered("b", Some("a"))]);
+        assert_eq!(judged, [("a", true), ("b", true)]);
+        assert!(returns.unclaimed.is_empty() && returns.uncertain.is_empty());
+    }
+
+    #[test]
+    fn a_chain_of_carried_messages_is_followed_to_its_end() {
+        let mut returns = Returns::default();
+        assert_eq!(judge(&mut returns, vec![answered("a", Some("b"))]), []);
+        assert_eq!(judge(&mut returns, vec![answered("b", Some("c"))]), [("b", true)]);
+        assert_eq!(judge(&mut returns, vec![answered("c", None)]), [("a", false), ("c", true)]);
+    }
+}
