@@ -19,7 +19,7 @@ use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties,
     options::{
         BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, BasicRejectOptions,
-        QueueBindOptions, QueueDeclareOptions,
+        ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -29,9 +29,11 @@ use crate::support::{Double, blocking, rabbit, serve, soon, until, vhost};
 const DOUBLE: AtomId = AtomId::from_static("double");
 const HALVE: AtomId = AtomId::from_static("halve");
 
+/// A channel of another program, which waits for confirms.
 async fn channel(url: &str) -> (Connection, Channel) {
     let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
     (connection, channel)
 }
 
@@ -172,6 +174,7 @@ async fn listing_thirty_times_loses_nothing() {
     // A node refuses a queue that is not as it should be, so these come from elsewhere.
     let (connection, channel) = channel(&vhost.url()).await;
     let mut buried = Vec::new();
+    let mut confirms = Vec::new();
     for number in 0..300 {
         let id = ElectronId::new();
         buried.push(LetterId::from(id));
@@ -182,7 +185,11 @@ async fn listing_thirty_times_loses_nothing() {
         let key = "atomizer.dead".into();
         let body = format!("{number}").into_bytes();
         let options = BasicPublishOptions::default();
-        channel.basic_publish("".into(), key, options, &body, properties).await.unwrap();
+        let publishing = channel.basic_publish("".into(), key, options, &body, properties);
+        confirms.push(publishing.await.unwrap());
+    }
+    for confirm in confirms {
+        assert!(confirm.await.unwrap().is_ack());
     }
     connection.close(200, "done".into()).await.unwrap();
     let dead = conductor.dead_letters();
