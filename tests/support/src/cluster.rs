@@ -138,7 +138,8 @@ impl Cluster {
     ///
     /// When `rabbitmqctl` fails.
     pub fn flush(&self) -> Result<(), BrokerError> {
-        self.brokers.iter().try_for_each(Broker::flush)
+        let mut running = self.brokers.iter().filter(|broker| broker.pid().is_some());
+        running.try_for_each(Broker::flush)
     }
 
     /// Returns which broker leads a quorum queue, as the broker `asked` knows.
