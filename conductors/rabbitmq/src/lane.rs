@@ -326,7 +326,8 @@ impl Settler {
             self.remove(key, work);
             work.settled.push((key, done));
         } else if failed.iter().any(|(_, error)| matches!(error, SendError::Unknown(_))) {
-            // The session is ending, and the delivery comes again: there is nothing more to decide.
+            // The session is ending, or ends now: the delivery comes again, and there is nothing more to decide.
+            self.life.end("it is not known what became of a message".to_owned());
             let unknown = SessionError::lost("an answer is not known to have arrived");
             drop(done.send(Err(SettleError::Unknown(unknown))));
         } else if self.parked.as_mut().is_none_or(|parked| parked.not_safe(key)) {

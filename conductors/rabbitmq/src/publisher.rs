@@ -196,11 +196,19 @@ impl Publisher {
         match to {
             _ if delay.is_zero() => self.topology.route(to),
             Address::Atom(atom) => {
-                self.ladder.make().await?;
+                self.ladder.make().await.map_err(not_sent)?;
                 Ok(self.topology.delayed(atom, *delay))
             }
             other => Err(SendError::Refused(format!("no delay can be kept for {other}"))),
         }
+    }
+}
+
+/// What is not known of a declaration is known of the message: it was not sent.
+fn not_sent(error: SendError) -> SendError {
+    match error {
+        SendError::Unknown(reason) => SendError::NotTaken(reason),
+        error => error,
     }
 }
 

@@ -88,8 +88,10 @@ impl Tls {
             None => Ok(config.with_no_client_auth()),
             Some((certificate, key)) => {
                 let chain = certificates(certificate)?;
-                let read = PrivateKeyDer::from_pem_slice(&read(key)?)
-                    .map_err(|error| unreadable(key, &error))?;
+                // What the parser has to say may quote the key.
+                let read = PrivateKeyDer::from_pem_slice(&read(key)?).map_err(|_| {
+                    unreadable(key, &"there is no private key in it that can be read")
+                })?;
                 config.with_client_auth_cert(chain, read).map_err(|error| unreadable(key, &error))
             }
         }
@@ -103,7 +105,8 @@ fn certificates(path: &Path) -> io::Result<Vec<CertificateDer<'static>>> {
             Err(misconfigured(format!("{}: there is no certificate in it", path.display())))
         }
         Ok(certificates) => Ok(certificates),
-        Err(error) => Err(unreadable(path, &error)),
+        // What the parser has to say may quote a key that is in there, too.
+        Err(_) => Err(unreadable(path, &"there is something in it that is no certificate")),
     }
 }
 

@@ -225,10 +225,21 @@ impl Walk {
                     channel.basic_ack(ack.tag, BasicAckOptions { multiple: ack.multiple })
                 }))
                 .await?;
-                // The broker does not answer acknowledgements, but it reads a channel in order.
-                channel.basic_qos(1, BasicQosOptions::default()).await
+                Ok(())
             };
-        self.opened.life.bound(REQUEST_TIMEOUT, acknowledging).await
+        self.opened.life.bound(REQUEST_TIMEOUT, acknowledging).await?;
+        // The broker answers no acknowledgement, but these go through the log of the queue behind it; the second
+        // is behind all, however many there were (`lane.rs` has the reasons).
+        for _ in 0..2 {
+            if let Some((letter, _)) = self.get().await? {
+                let tag = letter.delivery_tag;
+                self.acks.not_ours(tag);
+                let options = BasicNackOptions { requeue: true, ..Default::default() };
+                let back = self.channel.basic_nack(tag, options);
+                self.opened.life.bound(REQUEST_TIMEOUT, back).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes those anew, at the end of the queue, that were delivered so often that the broker might drop

@@ -116,7 +116,8 @@ async fn after_faults_parks_delays_and_dead_letters_only_what_is_documented_is_l
     let vhost = Arc::new(vhost().await);
     let proxy = Proxy::start(vhost.node().address()).unwrap();
     let end = Arc::new(Notify::new());
-    let through = rabbit(&vhost.url_through(proxy.address())).hold_max(Duration::from_secs(1));
+    // Long enough for nothing to be renewed while the connection is cut: that would leave two copies.
+    let through = rabbit(&vhost.url_through(proxy.address())).hold_max(Duration::from_secs(3));
     let worker = Atomizer::builder().conductor(through);
     let worker = worker.atom(Double).atom(Linger(Arc::clone(&end))).start().await.unwrap();
     let asker = Atomizer::builder().conductor(rabbit(&vhost.url())).start().await.unwrap();
