@@ -193,9 +193,13 @@ async fn listing_thirty_times_loses_nothing() {
     }
     connection.close(200, "done".into()).await.unwrap();
     let dead = conductor.dead_letters();
+    // Those that are written anew come at the end.
+    let mut expected = buried.clone();
+    expected.sort();
     for round in 0..30 {
-        let listed = all(dead.list(Selection::all())).await;
-        assert_same(&ids(&listed), &buried, &format!("in round {round}"));
+        let mut listed = ids(&all(dead.list(Selection::all())).await);
+        listed.sort();
+        assert_same(&listed, &expected, &format!("in round {round}"));
     }
     // Half a listing uses up as much.
     for _ in 0..30 {
