@@ -32,6 +32,13 @@ pub(crate) struct Recovery {
     arguments: Vec<String>,
 }
 
+impl Recovery {
+    /// Each fault once.
+    pub(crate) fn smoke() -> Self {
+        Self { arguments: vec!["--smoke".to_owned()] }
+    }
+}
+
 /// Builds the benchmark in release mode and runs it.
 pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {

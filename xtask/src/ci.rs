@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::cargo::{cargo, has, root};
-use crate::{stream, test, versions};
+use crate::{
+    bench::{self, Recovery},
+    stream, test, versions,
+};
 
 /// The README's first command, and how the last line of its output begins.
 const EXAMPLE: &str = "cargo run --release --example montecarlo";
@@ -30,7 +33,7 @@ enum Outcome {
 
 type Step = (&'static str, fn() -> Result<Outcome>);
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     ("format", format),
     ("clippy", clippy),
     ("documentation", documentation),
@@ -38,6 +41,7 @@ const STEPS: [Step; 8] = [
     ("tests", tests),
     ("tests of TLS", tests_of_tls),
     ("newer broker", tests_on_newer),
+    ("recovery", recovery),
     ("first example", first_example),
 ];
 
@@ -124,6 +128,11 @@ fn tests_on_newer() -> Result<Outcome> {
     let rabbitmq = Some(version);
     let options = test::Options { yes: true, rabbitmq, packages, ..test::Options::default() };
     test::run(&options).map(|()| Outcome::Done)
+}
+
+/// Brings about each fault once, and sees everything recover.
+fn recovery() -> Result<Outcome> {
+    bench::recovery(&Recovery::smoke()).map(|()| Outcome::Done)
 }
 
 /// Does what a newcomer does first.

@@ -15,7 +15,7 @@ use atomizer_bench::now;
 use atomizer_rabbitmq::RabbitMq;
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::{Notify, Semaphore},
+    sync::{Notify, watch},
     task::JoinSet,
     time::{interval, timeout},
 };
@@ -90,7 +90,7 @@ struct Tick {
 /// An atom that notes that it ran, at once or when it may.
 struct Note {
     ledger: Arc<Ledger>,
-    gate: Arc<Semaphore>,
+    gate: watch::Receiver<bool>,
 }
 
 impl Atom for Note {
@@ -100,7 +100,7 @@ impl Atom for Note {
 
     async fn process(&self, _cx: &Context, tick: Tick) -> Result<(), AtomError> {
         if tick.hold {
-            self.gate.acquire().await?.forget();
+            self.gate.clone().wait_for(|open| *open).await?;
         }
         self.ledger.ran(tick.number);
         Ok(())
@@ -113,7 +113,7 @@ pub(crate) struct Flow {
     node: Atomizer,
     events: EventStream,
     ledger: Arc<Ledger>,
-    gate: Arc<Semaphore>,
+    gate: watch::Sender<bool>,
     paused: Arc<AtomicBool>,
     sender: JoinSet<Result<()>>,
 }
@@ -121,8 +121,8 @@ pub(crate) struct Flow {
 impl Flow {
     /// Starts a node, and waits until electrons flow through it.
     pub(crate) async fn start(url: &str) -> Result<Self> {
-        let (ledger, gate) = (Arc::<Ledger>::default(), Arc::new(Semaphore::new(0)));
-        let note = Note { ledger: Arc::clone(&ledger), gate: Arc::clone(&gate) };
+        let (ledger, gate) = (Arc::<Ledger>::default(), watch::Sender::new(false));
+        let note = Note { ledger: Arc::clone(&ledger), gate: gate.subscribe() };
         let conductor = RabbitMq::from_url(url)?.watchdog(WATCHDOG);
         let node = Atomizer::builder().conductor(conductor).atom(note).start().await?;
         let events = node.events();
@@ -145,7 +145,7 @@ impl Flow {
     }
 
     pub(crate) fn let_go(&self) {
-        self.gate.add_permits(1);
+        self.gate.send_replace(true);
     }
 
     /// Sends nothing more for now, and waits until nothing is in the queue.
@@ -211,7 +211,7 @@ impl Flow {
     /// Stops sending, waits for what is under way, and returns how many electrons were confirmed and never ran.
     pub(crate) async fn end(mut self) -> Result<usize> {
         self.paused.store(true, Ordering::Relaxed);
-        self.gate.close();
+        self.let_go();
         // In the end either all has run, or the rest is lost.
         drop(self.ledger.wait("what was confirmed has run", all_ran).await);
         self.sender.shutdown().await;
