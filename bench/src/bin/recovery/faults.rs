@@ -66,7 +66,8 @@ pub(crate) async fn run(fault: Fault, broker: &Broker) -> Result<Recovery> {
     let Moments { begun, noticed, over } =
         strike(fault, &mut flow, broker, &vhost, &proxies).await?;
     let since = noticed.max(over);
-    let recovery = flow.flows_again(since).await?;
+    let recovery = flow.flows_again(since).await;
+    let recovery = recovery.with_context(|| format!("the node told:{}", flow.told()))?;
     let lost = flow.end().await?;
     block_in_place(|| drop((vhost, proxies)));
     Ok(Recovery { detection: noticed.duration_since(begun)?, recovery, lost })

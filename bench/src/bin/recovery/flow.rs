@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use atomizer::{Event, EventKind, EventStream, prelude::*};
 use atomizer_bench::now;
 use atomizer_rabbitmq::RabbitMq;
+use futures::FutureExt as _;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, watch},
@@ -206,6 +207,16 @@ impl Flow {
         };
         let at = self.ledger.wait("electrons flow again", first).await?;
         Ok(at.duration_since(since)?)
+    }
+
+    /// What the node told since the fault was noticed, but for the electrons that came and went.
+    pub(crate) fn told(&mut self) -> String {
+        let events = std::iter::from_fn(|| self.events.next().now_or_never().flatten());
+        let events = events.filter_map(Result::ok).filter(|event| {
+            use EventKind::{Completed, Received, Started, Suspected};
+            !matches!(event.kind, Completed { .. } | Received { .. } | Started { .. } | Suspected { .. })
+        });
+        events.map(|event| format!("\n  {event}")).collect()
     }
 
     /// Stops sending, waits for what is under way, and returns how many electrons were confirmed and never ran.
