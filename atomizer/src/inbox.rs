@@ -2,13 +2,14 @@
 
 use std::{num::NonZeroUsize, time::Duration};
 
-use futures::{FutureExt, future::OptionFuture};
+use futures::{FutureExt, StreamExt, future::OptionFuture, stream::FuturesUnordered};
 use tokio::{sync::oneshot, time::sleep};
 
 use crate::{
-    AtomId, Delivery, Message, Outcome, SettleError, Source,
+    AtomId, Delivery, Message, Outcome, SettleError, Source, Ticket,
     ask::Asker,
     intake::{Intake, Taken},
+    link::{Link, SharedSession},
     settle::Settler,
 };
 
@@ -27,9 +28,12 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
     let mut intake = Intake::new(&asker, Source::Inbox, WINDOW, tried);
     let settler = Settler { asker: asker.clone(), atom: INBOX };
     let mut asking_again = OptionFuture::default();
+    // Beside the receiving: the next answer must not wait until the last one is removed. The window bounds them.
+    let mut settling = FuturesUnordered::new();
     loop {
         let taken = tokio::select! {
             taken = intake.next(WINDOW) => taken,
+            Some(()) = settling.next() => continue,
             Some(()) = &mut asking_again => {
                 asking_again = OptionFuture::default();
                 continue;
@@ -58,15 +62,19 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
             batch.push((ticket, Outcome::done(Vec::new())));
         }
         if let Some(session) = link.session() {
-            // What is settled is done with; the rest comes again, and finds that nobody waits for it.
-            let mut settled = link.settle(&session, batch).await;
-            settled.retain(|result| matches!(result, Err(SettleError::NotSafe { .. })));
-            if !settled.is_empty() {
-                let messages = settled.len();
-                tracing::warn!(messages, "messages that are no answers cannot be set aside now");
-                // With these results their tickets are given back. Without a pause that would be a hot loop.
-                sleep(TRY_AGAIN_AFTER).await;
-            }
+            settling.push(settle(link, session, batch));
         }
+    }
+}
+
+/// What is settled is done with; the rest comes again, and finds that nobody waits for it.
+async fn settle(link: &Link, session: SharedSession, batch: Vec<(Ticket, Outcome)>) {
+    let mut settled = link.settle(&session, batch).await;
+    settled.retain(|result| matches!(result, Err(SettleError::NotSafe { .. })));
+    if !settled.is_empty() {
+        let messages = settled.len();
+        tracing::warn!(messages, "messages that are no answers cannot be set aside now");
+        // With these results their tickets are given back. Without a pause that would be a hot loop.
+        sleep(TRY_AGAIN_AFTER).await;
     }
 }

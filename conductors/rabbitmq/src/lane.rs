@@ -41,11 +41,12 @@ use crate::{
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an acknowledgement may take to be written.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long acknowledgements above a hole wait for it to close. Runs that end at about the same time do not end in
-/// order, and a group costs the broker as much as one of those that are in it.
-const HOLE_CLOSES_WITHIN: Duration = Duration::from_millis(1);
-/// How many wait at the most.
-const SINGLES_MAX: usize = 64;
+/// How long an acknowledgement waits for others: a group costs the broker as much as one of those that are in it, a
+/// write to its log, which what is published next had to wait for. Runs that end at about the same time do not end
+/// in order, so holes mostly close within it, too.
+const GATHERED_WITHIN: Duration = Duration::from_millis(2);
+/// How many wait at the most, in a window that is large enough.
+const GATHERED_MAX: usize = 64;
 /// How many commands are carried out before acknowledgements are sent.
 const COMMANDS_MAX: usize = 256;
 /// How many settlements a RabbitMQ channel hands to a quorum queue before it waits for one to be carried out
@@ -141,6 +142,8 @@ pub(crate) struct Settler {
     pub(crate) queue: String,
     /// How many deliveries are settled or given back.
     pub(crate) gone: Arc<AtomicU64>,
+    /// How many acknowledgements wait for others at the most.
+    pub(crate) gathered_max: usize,
     pub(crate) publisher: Publisher,
     pub(crate) life: Life,
     /// Dropped when it ends, which ends the subscription.
@@ -160,7 +163,7 @@ struct Work {
     /// How many settlements were sent since the queue answered last.
     unanswered: usize,
     publishing: FuturesUnordered<BoxFuture<'static, Published>>,
-    /// When acknowledgements are sent that wait for a hole to close.
+    /// When the acknowledgements are sent that wait for others.
     flush_at: Option<Instant>,
     /// Done when the acknowledgements are sent.
     settled: Vec<(u64, Done)>,
@@ -370,22 +373,25 @@ impl Settler {
         }
     }
 
-    /// Acknowledges what is below the first hole; what is above it, when that has not closed in a while.
+    /// Acknowledges in groups what is gathered by now.
     async fn acknowledge(&self, work: &mut Work) -> Result<(), SessionError> {
-        let mut acks = Vec::from_iter(work.acks.take_group());
-        let waiting = work.acks.untold();
-        if waiting == 0 {
+        if work.acks.untold() == 0 {
+            return Ok(());
+        }
+        let flush_at = *work.flush_at.get_or_insert_with(|| Instant::now() + GATHERED_WITHIN);
+        // What is taken is waited for.
+        let is_due = !work.taken.is_empty() || flush_at <= Instant::now();
+        let is_much = |acks: &Acks| acks.untold() >= self.gathered_max;
+        let mut acks = Vec::new();
+        if is_due || is_much(&work.acks) {
+            acks.extend(work.acks.take_group());
+        }
+        // What is above a hole costs one each.
+        if is_due || is_much(&work.acks) {
+            acks.extend(work.acks.take_singles());
+        }
+        if work.acks.untold() == 0 {
             work.flush_at = None;
-        } else {
-            let flush_at =
-                *work.flush_at.get_or_insert_with(|| Instant::now() + HOLE_CLOSES_WITHIN);
-            let is_much = waiting >= SINGLES_MAX;
-            // What is parked is long out as it is, and what is taken is waited for.
-            let at_once = is_much || self.parked.is_some() || !work.taken.is_empty();
-            if at_once || flush_at <= Instant::now() {
-                acks.extend(work.acks.take_singles());
-                work.flush_at = None;
-            }
         }
         work.unanswered += acks.len();
         let sent = acks.into_iter().map(|ack| {
@@ -422,6 +428,12 @@ impl Settler {
         }
         Ok(())
     }
+}
+
+/// How many acknowledgements wait for others, in a window of so many deliveries: the broker brings no more than fit
+/// into what is left of it. None wait where there is one at a time.
+pub(crate) fn gathered_max(prefetch: u16) -> usize {
+    usize::from(prefetch / 2).clamp(1, GATHERED_MAX)
 }
 
 /// Waits for a moment, or for ever.

@@ -37,7 +37,7 @@ use crate::{
     connect::{Address, Connected, Patience, plain},
     declare::{Declarer, NOT_MADE, found, on_own_channel, refusal},
     delay::Ladder,
-    lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window},
+    lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window, gathered_max},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
     publisher::{Moves, Publisher, Via},
@@ -233,6 +233,7 @@ impl RabbitSession {
         &self,
         channel: &Channel,
         queue: &str,
+        gathered_max: usize,
         gone: Arc<AtomicU64>,
         parked: Option<Held>,
     ) -> (LaneId, oneshot::Receiver<()>) {
@@ -246,6 +247,7 @@ impl RabbitSession {
             channel: channel.clone(),
             queue: queue.to_owned(),
             gone,
+            gathered_max,
             publisher: self.publisher.clone(),
             life: self.life.clone(),
             _alive: alive,
@@ -310,7 +312,7 @@ impl RabbitSession {
             consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
         let lease = Lease::new(Arc::clone(&self.leases), &name);
         let held = Held::new(Arc::clone(&lease), self.limits().hold_max);
-        let (id, settler_gone) = self.add_lane(&channel, &name, Arc::default(), Some(held));
+        let (id, settler_gone) = self.add_lane(&channel, &name, 1, Arc::default(), Some(held));
         *current = Some((Arc::clone(&lease), id.clone()));
         let (receiving, life) = (Arc::clone(&lease), self.life.clone());
         let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
@@ -408,7 +410,7 @@ impl Session for RabbitSession {
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
         let (channel, consumer) = self.consume(&queue, prefetch).await?;
         let gone = Arc::<AtomicU64>::default();
-        let (id, settler_gone) = self.add_lane(&channel, &queue, Arc::clone(&gone), None);
+        let (id, settler_gone) = self.add_lane(&channel, &queue, gathered_max(prefetch), Arc::clone(&gone), None);
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
