@@ -1,12 +1,8 @@
 //! Publishes: pipelined, confirmed, bounded.
 
 use std::{
-    collections::HashMap,
     pin::pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -20,9 +16,10 @@ use lapin::{
     BasicProperties, Channel, Confirmation, ErrorKind, options::BasicPublishOptions,
     protocol::AMQPSoftError, types::ShortString,
 };
+use slab::Slab;
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
 use crate::{
@@ -40,7 +37,8 @@ use crate::{
 const UNCONFIRMED_MAX: usize = 1024;
 /// How long a confirm may take before the session is given up, unless the broker says that it is blocked.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
-
+/// How often is looked at how long they have taken. A timer for each would cost more than it tells.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the reason may take that a channel is closed.
 const REASON_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -246,8 +244,10 @@ fn is_meant_by(key: &Key, error: &lapin::Error) -> bool {
 
 /// What was published, and what the broker answered.
 struct Answer {
-    batch: u64,
+    batch: usize,
     at: usize,
+    /// Where its time is counted.
+    wait: usize,
     to: Address,
     delayed: bool,
     answer: Result<Confirmation, SendError>,
@@ -264,18 +264,19 @@ struct Batch {
 struct Line {
     channel: Channel,
     life: Life,
-    moves: Moves,
-    /// Whether the broker has ever taken a message here.
-    proven: AtomicBool,
 }
 
 /// What is on its way to the broker.
 struct UnderWay<'a> {
     line: &'a Line,
+    moves: Moves,
     declines: Declines,
+    /// Whether the broker has ever taken a message here.
+    proven: bool,
     publishes: FuturesUnordered<BoxFuture<'a, Answered<Answer>>>,
-    batches: HashMap<u64, Batch>,
-    next_batch: u64,
+    /// How long each has waited by now, not counted while the broker is blocked.
+    waited: Slab<Duration>,
+    batches: Slab<Batch>,
     returns: Returns<Answer>,
 }
 
@@ -286,22 +287,25 @@ async fn publish_all(
     end_when_dropped: EndWhenDropped,
     moves: Moves,
 ) {
-    let life = end_when_dropped.0.clone();
-    let declines = Declines::new(moves.clone());
-    let line = Line { channel, life, moves, proven: AtomicBool::new(false) };
+    let line = Line { channel, life: end_when_dropped.0.clone() };
     let mut under_way = UnderWay {
         line: &line,
-        declines,
+        declines: Declines::new(moves.clone()),
+        moves,
+        proven: false,
         publishes: FuturesUnordered::new(),
-        batches: HashMap::new(),
-        next_batch: 0,
+        waited: Slab::new(),
+        batches: Slab::new(),
         returns: Returns::default(),
     };
     let mut ended = pin!(line.life.ended());
+    let mut looks = interval(LOOK_EVERY);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
-            // First: when the session ends, those that are answered are told what the broker said.
+            _ = looks.tick(), if !under_way.publishes.is_empty() => under_way.look(),
+            // Before the end: when the session ends, those that are answered are told what the broker said.
             Some(answered) = under_way.publishes.next() => under_way.answered(answered),
             command = wanted.recv(), if under_way.publishes.len() < UNCONFIRMED_MAX => match command {
                 Some(command) => under_way.begin(command),
@@ -318,18 +322,34 @@ async fn publish_all(
 
 impl UnderWay<'_> {
     fn begin(&mut self, Command { batch, done }: Command) {
-        let number = self.next_batch;
-        self.next_batch += 1;
-        let mut results = Vec::with_capacity(batch.len());
-        let mut unanswered = 0;
+        let unanswered = batch.iter().filter(|prepared| prepared.is_ok()).count();
+        let results = Vec::with_capacity(batch.len());
+        let number = self.batches.insert(Batch { results, unanswered, done });
         for (at, prepared) in batch.into_iter().enumerate() {
-            results.push(prepared.map(|publication| {
-                unanswered += 1;
-                self.publishes.push(Box::pin(publish(self.line, publication, number, at)));
-            }));
+            let result = prepared.map(|publication| {
+                let wait = self.waited.insert(Duration::ZERO);
+                self.publishes.push(Box::pin(publish(self.line, publication, number, at, wait)));
+            });
+            self.batches[number].results.push(result);
         }
-        self.batches.insert(number, Batch { results, unanswered, done });
         self.finish(number);
+    }
+
+    /// Gives up the session when a confirm takes too long.
+    fn look(&mut self) {
+        let life = &self.line.life;
+        if life.is_blocked() {
+            return;
+        }
+        let mut longest = Duration::ZERO;
+        for (_, waited) in &mut self.waited {
+            *waited += LOOK_EVERY;
+            longest = longest.max(*waited);
+        }
+        let hopeless = !self.proven && longest >= FIRST_CONFIRM_TIMEOUT && self.moves.may();
+        if hopeless || longest >= CONFIRM_TIMEOUT {
+            life.end(format!("no confirm within {longest:?}"));
+        }
     }
 
     /// Takes in all that is answered by now, and only then decides: what was returned is told by any of them.
@@ -338,24 +358,19 @@ impl UnderWay<'_> {
         while let Some(Some(next)) = self.publishes.next().now_or_never() {
             all.push(next);
         }
-        for (Answer { batch: number, at, to, delayed, answer }, returned) in self.returns.judge(all)
-        {
-            let result = self.decide(&to, delayed, answer, returned);
-            if let Some(batch) = self.batches.get_mut(&number) {
-                batch.results[at] = result;
-                batch.unanswered -= 1;
-            }
+        for (answer, returned) in self.returns.judge(all) {
+            let (number, at) = (answer.batch, answer.at);
+            let result = self.decide(answer, returned);
+            let batch = &mut self.batches[number];
+            batch.results[at] = result;
+            batch.unanswered -= 1;
             self.finish(number);
         }
     }
 
-    fn decide(
-        &mut self,
-        to: &Address,
-        delayed: bool,
-        answer: Result<Confirmation, SendError>,
-        returned: bool,
-    ) -> Result<(), SendError> {
+    fn decide(&mut self, answer: Answer, returned: bool) -> Result<(), SendError> {
+        let Answer { to, delayed, wait, answer, .. } = answer;
+        let waited = self.waited.remove(wait);
         let confirmation = answer?;
         if returned {
             // The next session declares again what is missing.
@@ -370,11 +385,15 @@ impl UnderWay<'_> {
         }
         match confirmation {
             Confirmation::Ack(_) => {
-                self.line.proven.store(true, Ordering::Relaxed);
+                self.proven = true;
                 self.declines.taken();
                 Ok(())
             }
             Confirmation::Nack(_) => {
+                if waited >= FIRST_CONFIRM_TIMEOUT && self.moves.may() {
+                    let reason = format!("the broker declined a message after {waited:?}");
+                    self.line.life.end(reason);
+                }
                 if self.declines.declined() {
                     let reason = format!("the broker declined {DECLINED_MAX} messages in a row");
                     self.line.life.end(reason);
@@ -388,61 +407,35 @@ impl UnderWay<'_> {
     }
 
     /// Hands over the results of a batch when they are complete.
-    fn finish(&mut self, number: u64) {
-        if self.batches.get(&number).is_some_and(|batch| batch.unanswered == 0)
-            && let Some(batch) = self.batches.remove(&number)
-        {
+    fn finish(&mut self, number: usize) {
+        if self.batches[number].unanswered == 0 {
+            let batch = self.batches.remove(number);
             // An error says that nobody waits for the results any more.
             drop(batch.done.send(batch.results));
         }
     }
 }
 
-async fn publish(line: &Line, publication: Publication, batch: u64, at: usize) -> Answered<Answer> {
-    let Line { channel, life, moves, proven } = line;
+async fn publish(
+    Line { channel, life }: &Line,
+    publication: Publication,
+    batch: usize,
+    at: usize,
+    wait: usize,
+) -> Answered<Answer> {
     let Publication { route, to, delayed, properties, body } = publication;
     let Route { exchange, key: routing_key } = route;
     let key = Key::new(exchange.as_str(), routing_key.as_str(), &properties);
     // Without `mandatory`, what cannot be routed is confirmed and gone.
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let mut confirmed = pin!(async {
-        channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await
-    });
-    let mut waited = Duration::ZERO;
-    let answer = loop {
-        match timeout(FIRST_CONFIRM_TIMEOUT, &mut confirmed).await {
-            Ok(Ok(confirmation)) => {
-                let late = !waited.is_zero() && matches!(confirmation, Confirmation::Nack(_));
-                if late && moves.may() {
-                    life.end(format!("the broker declined a message after more than {waited:?}"));
-                }
-                break Ok(confirmation);
-            }
-            Ok(Err(error)) => {
-                // What closed the channel says more than that it is closed: another publish has been told.
-                if let ErrorKind::InvalidChannelState(..) = error.kind() {
-                    drop(timeout(REASON_TIMEOUT, life.ended()).await);
-                }
-                // Whatever went wrong, this channel is of no more use, and with it the session.
-                life.end(format!("publishing failed: {}", plain(&error)));
-                break Err(match refusal(&error) {
-                    Some(AMQPSoftError::ACCESSREFUSED) if is_meant_by(&key, &error) => {
-                        SendError::Refused(plain(&error))
-                    }
-                    _ => SendError::Unknown(plain(&error)),
-                });
-            }
-            Err(_) if life.is_blocked() => {}
-            Err(_) => {
-                waited += FIRST_CONFIRM_TIMEOUT;
-                let hopeless = !proven.load(Ordering::Relaxed) && moves.may();
-                if hopeless || waited >= CONFIRM_TIMEOUT {
-                    let reason = format!("no confirm within {waited:?}");
-                    life.end(reason.clone());
-                    break Err(SendError::Unknown(reason));
-                }
-            }
-        }
+    let publishing = channel.basic_publish(exchange, routing_key, options, &body, properties);
+    let confirmed = match publishing.await {
+        Ok(confirm) => confirm.await,
+        Err(error) => Err(error),
+    };
+    let answer = match confirmed {
+        Ok(confirmation) => Ok(confirmation),
+        Err(error) => Err(failed(life, &key, &error).await),
     };
     let carried = match &answer {
         Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) => {
@@ -450,7 +443,22 @@ async fn publish(line: &Line, publication: Publication, batch: u64, at: usize) -
         }
         _ => None,
     };
-    Answered { key, carried, what: Answer { batch, at, to, delayed, answer } }
+    Answered { key, carried, what: Answer { batch, at, wait, to, delayed, answer } }
+}
+
+/// Ends the session: whatever went wrong, its channel is of no more use.
+async fn failed(life: &Life, key: &Key, error: &lapin::Error) -> SendError {
+    // What closed the channel says more than that it is closed: another publish has been told.
+    if let ErrorKind::InvalidChannelState(..) = error.kind() {
+        drop(timeout(REASON_TIMEOUT, life.ended()).await);
+    }
+    life.end(format!("publishing failed: {}", plain(error)));
+    match refusal(error) {
+        Some(AMQPSoftError::ACCESSREFUSED) if is_meant_by(key, error) => {
+            SendError::Refused(plain(error))
+        }
+        _ => SendError::Unknown(plain(error)),
+    }
 }
 
 #[cfg(test)]

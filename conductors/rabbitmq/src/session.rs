@@ -431,6 +431,11 @@ impl Session for RabbitSession {
 
     async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
         let refused = self.declare_all(envelopes).await;
+        if refused.is_empty() {
+            let sent = self.publisher.publish(envelopes, &Via::Address).await;
+            let sent = envelopes.iter().zip(sent);
+            return sent.map(|(envelope, sent)| self.forget_deleted(envelope, sent)).collect();
+        }
         let why_not = |envelope: &Envelope| match &envelope.to {
             To::Atom(atom) => {
                 refused.iter().find(|(id, _)| id == atom).map(|(_, error)| error.clone())
