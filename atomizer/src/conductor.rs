@@ -108,6 +108,14 @@ pub trait Session: fmt::Debug + Send + Sync + 'static {
     /// Safe.
     async fn census(&self, atom: &AtomId) -> Result<Census, SessionError>;
 
+    /// Returns whether the other side says that it takes nothing for now, as a broker does that is short of memory
+    /// or disk.
+    ///
+    /// What takes long meanwhile is no fault of the session: it is waited for.
+    fn is_blocked(&self) -> bool {
+        false
+    }
+
     /// Waits until the session has ended, and says why.
     ///
     /// # Cancel safety

@@ -6,6 +6,7 @@
 use std::{
     fmt,
     panic::AssertUnwindSafe,
+    pin::pin,
     sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::{Duration, SystemTime},
 };
@@ -26,8 +27,10 @@ use crate::{
 
 pub(crate) type SharedSession = Arc<dyn Session>;
 
-/// How long a conductor may take over one request. A session that takes longer is let go of.
+/// How long a conductor may take over one request. A session that takes longer is let go of, unless it is blocked.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often it is looked whether a session that has not answered is blocked.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// How long stopping a subscription may take.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -99,6 +102,23 @@ pub(crate) async fn guard<T>(
         None => caught.await,
     };
     answered.map_err(|panic| Fault::Panicked(panic_message(&*panic).to_owned()))
+}
+
+/// Awaits a session's answer. Time in which the session is blocked does not count: it waits for its broker, and
+/// nothing would come of letting go of it but that finished work runs again.
+async fn answer<T>(session: &SharedSession, request: impl Future<Output = T>) -> Result<T, Fault> {
+    let mut request = pin!(guard(None, request));
+    let mut waited = Duration::ZERO;
+    loop {
+        if let Ok(answered) = timeout(LOOK_EVERY, &mut request).await {
+            return answered;
+        }
+        let is_blocked = guard(None, async { session.is_blocked() }).await?;
+        waited = if is_blocked { Duration::ZERO } else { waited + LOOK_EVERY };
+        if waited >= ANSWER_TIMEOUT {
+            return Err(Fault::NoAnswer(waited));
+        }
+    }
 }
 
 impl Link {
@@ -320,7 +340,7 @@ impl Link {
         session: &SharedSession,
         request: impl Future<Output = T>,
     ) -> Result<T, SessionError> {
-        let answered = guard(ANSWER_TIMEOUT, request).await;
+        let answered = answer(session, request).await;
         answered.map_err(|fault| SessionError::lost(self.distrust(session, &fault)))
     }
 

@@ -15,7 +15,10 @@ use atomizer::{
     Message, NodeId, OpenError, Outcome, ReplyTo, SendError, Session, SessionError, SettleError,
     Source, Subscription, Ticket, prelude::*,
 };
-use tokio::{sync::Semaphore, task::JoinSet};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
 
 use crate::atoms::{Gated, started, until};
 
@@ -28,13 +31,16 @@ struct Impatient {
     declines: Arc<AtomicUsize>,
     /// A permit for each that may go on.
     gate: Arc<Semaphore>,
+    /// Nothing is settled while this is so.
+    blocked: watch::Sender<bool>,
 }
 
 impl Impatient {
     fn new(declines: usize, open: usize) -> Self {
         let declines = Arc::new(AtomicUsize::new(declines));
         let gate = Arc::new(Semaphore::new(open));
-        Self { memory: Memory::new(), parks: Arc::default(), declines, gate }
+        let blocked = watch::Sender::new(false);
+        Self { memory: Memory::new(), parks: Arc::default(), declines, gate, blocked }
     }
 }
 
@@ -79,6 +85,8 @@ impl Session for ImpatientSession {
     }
 
     async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {
+        let mut blocked = self.conductor.blocked.subscribe();
+        blocked.wait_for(|blocked| !blocked).await.expect("its sender lives");
         self.session.settle(batch).await
     }
 
@@ -98,6 +106,10 @@ impl Session for ImpatientSession {
 
     async fn census(&self, atom: &AtomId) -> Result<Census, SessionError> {
         self.session.census(atom).await
+    }
+
+    fn is_blocked(&self) -> bool {
+        *self.conductor.blocked.borrow()
     }
 
     async fn ended(&self) -> SessionError {
@@ -173,6 +185,29 @@ async fn a_run_that_ends_while_it_is_parked_is_settled_afterwards() {
         let settled = |kind: &&EventKind| matches!(kind, EventKind::Completed { .. });
         assert_eq!(drained.iter().filter(settled).count(), 2, "{drained:?}");
     }
+}
+
+/// A broker that is short of memory is no dead one: what is finished waits for it, and is not run again.
+#[tokio::test(start_paused = true)]
+async fn a_session_that_is_blocked_for_long_is_kept() {
+    let (impatient, gated) = (Impatient::new(0, 100), Gated::new(Options::default()));
+    let builder = Atomizer::builder().conductor(impatient.clone()).atom(gated.clone());
+    let node = builder.start().await.unwrap();
+    let mut events = node.events();
+    node.send::<Gated>(1).await.unwrap();
+    until(&mut events, started).await;
+    impatient.blocked.send_replace(true);
+    gated.open(2);
+    tokio::time::sleep(Duration::from_secs(60 * 60)).await;
+    impatient.blocked.send_replace(false);
+    until(&mut events, |kind| matches!(kind, EventKind::Completed { .. })).await;
+    node.drain().await.unwrap();
+    drop(node);
+    while let Some(event) = events.next().await {
+        let kind = event.unwrap().kind;
+        assert!(!started(&kind), "it ran once: {kind:?}");
+    }
+    assert_eq!(gated.gate.available_permits(), 1);
 }
 
 #[tokio::test(start_paused = true)]

@@ -523,6 +523,10 @@ impl Session for RabbitSession {
         self.life.bound(REQUEST_TIMEOUT, asking).await
     }
 
+    fn is_blocked(&self) -> bool {
+        self.life.is_blocked()
+    }
+
     async fn ended(&self) -> SessionError {
         self.life.ended().await
     }

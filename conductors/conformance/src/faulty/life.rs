@@ -131,6 +131,10 @@ impl Life {
         self.held.end_channel(channel);
     }
 
+    pub(super) fn is_blocked(&self) -> bool {
+        self.lock().as_ref().is_some_and(|inner| inner.is_blocked())
+    }
+
     /// Calls the session beneath, for as long as this one lives.
     pub(super) async fn within<T, F>(
         &self,

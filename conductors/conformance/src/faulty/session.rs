@@ -226,6 +226,10 @@ impl Session for FaultySession {
         }
     }
 
+    fn is_blocked(&self) -> bool {
+        self.life.is_blocked()
+    }
+
     async fn ended(&self) -> SessionError {
         let fault = self.faults.before(Op::Ended).await;
         if fault == Some(Fault::EndSession) {
