@@ -63,7 +63,7 @@ impl Event {
 /// As JSON the field `event` names the kind in snake case, and durations are whole microseconds in fields whose
 /// names end in `_us`: `{"sequence":7,"at":"2026-11-21T12:00:00.000000Z","node":"agent-0badcafe",
 /// "conductor":"memory","event":"completed","electron":"01932c07-e8f1-7a3b-9c4d-5e6f70819203","atom":"double",
-/// "attempt":1,"took_us":250,"unclaimed":false}`.
+/// "attempt":1,"took_us":250,"unclaimed":null}`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
@@ -221,8 +221,8 @@ pub enum EventKind {
         /// How long it ran.
         #[serde(with = "micros", rename = "took_us")]
         took: Duration,
-        /// True when the asker was gone for good.
-        unclaimed: bool,
+        /// Why its asker could not be told: it is gone for good, or the node may not answer it.
+        unclaimed: Option<String>,
     },
     /// An electron ended in failure, and its answer or dead letter is safe.
     Failed {
@@ -236,8 +236,8 @@ pub enum EventKind {
         failure: Failure,
         /// True when it is among the dead letters.
         dead: bool,
-        /// True when the asker was gone for good.
-        unclaimed: bool,
+        /// Why its asker could not be told: it is gone for good, or the node may not answer it.
+        unclaimed: Option<String>,
     },
     /// A message that cannot be read was put with the dead letters.
     Unreadable {
@@ -444,11 +444,11 @@ impl EventKind {
             }
             Self::HandedOn { reason, .. } => write!(f, "handed on {id}: {reason}"),
             Self::Completed { took, unclaimed, .. } => {
-                write!(f, "completed {id} in {took:.1?}, {nth}{}", claim(*unclaimed))
+                write!(f, "completed {id} in {took:.1?}, {nth}{}", claim(unclaimed.as_ref()))
             }
             Self::Failed { failure, dead, unclaimed, .. } => {
                 let dead = if *dead { " (dead letter)" } else { "" };
-                write!(f, "failed {id}: {failure}{dead}{}", claim(*unclaimed))
+                write!(f, "failed {id}: {failure}{dead}{}", claim(unclaimed.as_ref()))
             }
             Self::NotSettled { reason, .. } => write!(f, "not settled here: {id}: {reason}"),
             _ => Ok(()),
@@ -456,8 +456,8 @@ impl EventKind {
     }
 }
 
-fn claim(unclaimed: bool) -> &'static str {
-    if unclaimed { " (unclaimed)" } else { "" }
+fn claim(unclaimed: Option<&String>) -> String {
+    unclaimed.map(|reason| format!(" (unclaimed: {reason})")).unwrap_or_default()
 }
 
 /// Points in time as text.

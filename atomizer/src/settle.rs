@@ -27,7 +27,8 @@ fn now() -> serde_json::Value {
 #[derive(Debug)]
 pub(crate) struct Ending {
     subject: Subject,
-    unclaimed: bool,
+    /// Why nobody was told how it ended.
+    unclaimed: Option<String>,
     /// Why it did not end here after all.
     not_settled: Option<String>,
     /// How often it was tried in vain.
@@ -111,7 +112,7 @@ pub(crate) enum Verdict {
 
 impl Ending {
     fn new(subject: Subject) -> Self {
-        Self { subject, unclaimed: false, not_settled: None, tries: 0 }
+        Self { subject, unclaimed: None, not_settled: None, tries: 0 }
     }
 
     /// True when a failure may be answered in place of what was too large. It is all that was emitted then.
@@ -304,10 +305,15 @@ impl Settler {
                     let failure = Failure::new(FailureKind::AnswerTooLarge, error.to_string());
                     return self.instead(ticket, ending, failure);
                 }
-                // The asker is gone for good, or can be told nothing at all. An output nobody can receive is
+                // The asker is gone for good, or can be told nothing at all, or not by this node. An output nobody can receive is
                 // finished with; a failure nobody is told of must not be silent.
-                (Address::Reply(_), SendError::Unroutable(_) | SendError::TooLarge { .. }) => {
-                    ending.unclaimed = true;
+                (
+                    Address::Reply(_),
+                    error @ (SendError::Unroutable(_)
+                    | SendError::TooLarge { .. }
+                    | SendError::Refused(_)),
+                ) => {
+                    ending.unclaimed = Some(error.to_string());
                     emit.extend(self.dead_instead(&mut ending));
                 }
                 // It cannot go back, ever: this is its end.

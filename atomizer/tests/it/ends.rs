@@ -6,6 +6,7 @@ use atomizer::{
     Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, Failure, FailureKind,
     Message, NodeId, Payload, ReplyTo, prelude::*,
 };
+use atomizer_conformance::{Fault, Faulty, Op};
 
 use crate::atoms::{Obedient, Order, until};
 
@@ -140,9 +141,37 @@ async fn an_asker_that_is_gone_leaves_its_answer_unclaimed() {
         electron.reply_to = Some(ReplyTo::new("gone-for-good"));
         atomizer.send_electron(electron).await.unwrap();
     }
-    until(&mut events, |kind| matches!(kind, EventKind::Completed { unclaimed: true, .. })).await;
-    until(&mut events, |kind| matches!(kind, EventKind::Failed { unclaimed: true, .. })).await;
+    let completed = until(&mut events, |kind| matches!(kind, EventKind::Completed { .. })).await;
+    let failed = until(&mut events, |kind| matches!(kind, EventKind::Failed { .. })).await;
+    for event in [completed, failed] {
+        let reason = "(unclaimed: there is no reply address gone-for-good)";
+        assert!(event.to_string().contains(reason), "{event}");
+    }
     assert_eq!(memory.take_dead_letters().len(), 1, "a failure that nobody hears of is kept");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_refused_is_not_tried_for_ever() {
+    let memory = Memory::new();
+    let faulty = Faulty::new(memory.clone());
+    let faults = faulty.faults();
+    let serving = Atomizer::builder().conductor(faulty).atom(Obedient).start().await.unwrap();
+    let mut events = serving.events();
+    let asker = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    for order in [Order::Echo("listen".into()), Order::Fail("hear".into())] {
+        faults.next(Op::Settle, Fault::Refuse);
+        let call = asker.call::<Obedient>(order).deadline(Duration::from_secs(5));
+        let (error, ended) = tokio::join!(call.into_future(), until(&mut events, ended));
+        assert!(matches!(error, Err(CallError::Deadline { .. })), "{error:?}");
+        assert!(ended.to_string().contains("(unclaimed: refused: "), "{ended}");
+    }
+    assert_eq!(memory.take_dead_letters().len(), 1, "a failure that nobody hears of is kept");
+    let answer = asker.call::<Obedient>(Order::Echo("again".into())).await;
+    assert_eq!(answer.unwrap(), "again");
+}
+
+fn ended(kind: &EventKind) -> bool {
+    matches!(kind, EventKind::Completed { .. } | EventKind::Failed { .. })
 }
 
 #[tokio::test(start_paused = true)]

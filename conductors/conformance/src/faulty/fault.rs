@@ -70,7 +70,7 @@ pub enum Fault {
     /// Nothing is sent: `send` says `NotTaken`; `settle` and `park` say `NotSafe`, and the ticket comes back.
     /// What is settled and emits nothing is settled.
     NotTaken,
-    /// It is refused for good: `open` and `send` say `Refused`.
+    /// It is refused for good: `open` and `send` say `Refused`, `settle` says so of all that would be emitted.
     Refuse,
     /// The tickets are dropped, which gives their deliveries back, and said to be stale.
     Stale,
@@ -108,7 +108,7 @@ impl Fault {
         match self {
             Self::Error | Self::ErrorAfter => !matches!(op, Op::Ended | Op::Close | Op::Stop),
             Self::NotTaken => matches!(op, Op::Send | Op::Settle | Op::Park),
-            Self::Refuse => matches!(op, Op::Open | Op::Send),
+            Self::Refuse => matches!(op, Op::Open | Op::Send | Op::Settle),
             Self::Stale | Self::Drop => matches!(op, Op::Settle | Op::Park),
             Self::Fewer => matches!(op, Op::Send | Op::Settle | Op::Next),
             Self::Twice => op == Op::Send,

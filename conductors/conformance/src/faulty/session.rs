@@ -33,22 +33,22 @@ impl FaultySession {
         &self.life
     }
 
-    /// Settles a batch; where it is said, what would emit something does not.
+    /// Settles a batch; where there is an error, what would emit something gets that instead.
     async fn settle_all(
         &self,
         batch: Vec<(Ticket, Outcome)>,
-        not_taken: bool,
+        instead: Option<SendError>,
     ) -> Vec<Result<(), SettleError>> {
         let mut places = Vec::with_capacity(batch.len());
         let mut beneath = Vec::with_capacity(batch.len());
         for (ticket, outcome) in batch {
             let channel = ticket.channel();
-            let known = match (self.life.unwrap(ticket), outcome) {
-                (Err(error), _) => Some(error),
-                (Ok(ticket), Outcome::Done { emit, .. }) if not_taken && !emit.is_empty() => {
-                    Some(not_safe(ticket, emit))
+            let known = match (self.life.unwrap(ticket), outcome, &instead) {
+                (Err(error), ..) => Some(error),
+                (Ok(ticket), Outcome::Done { emit, .. }, Some(error)) if !emit.is_empty() => {
+                    Some(not_safe(ticket, emit, error))
                 }
-                (Ok(ticket), outcome) => {
+                (Ok(ticket), outcome, _) => {
                     beneath.push((ticket, outcome));
                     None
                 }
@@ -72,10 +72,18 @@ impl FaultySession {
     }
 }
 
-/// Refuses to send anything, for now.
-fn not_safe(ticket: Ticket, emit: Vec<Envelope>) -> SettleError {
-    let error = || SendError::NotTaken(ON_PURPOSE.to_owned());
-    SettleError::NotSafe { ticket, failed: emit.into_iter().map(|one| (one, error())).collect() }
+/// Sends nothing of it.
+fn not_safe(ticket: Ticket, emit: Vec<Envelope>, error: &SendError) -> SettleError {
+    let failed = emit.into_iter().map(|one| (one, error.clone()));
+    SettleError::NotSafe { ticket, failed: failed.collect() }
+}
+
+fn not_taken() -> SendError {
+    SendError::NotTaken(ON_PURPOSE.to_owned())
+}
+
+fn refused() -> SendError {
+    SendError::Refused(ON_PURPOSE.to_owned())
 }
 
 /// Keeps a ticket from giving its delivery back.
@@ -130,8 +138,8 @@ impl Session for FaultySession {
         let unknown = |error: SessionError| all(SendError::Unknown(error.to_string()));
         match fault {
             Some(Fault::Error) => return unknown(lost()),
-            Some(Fault::NotTaken) => return all(SendError::NotTaken(ON_PURPOSE.to_owned())),
-            Some(Fault::Refuse) => return all(SendError::Refused(ON_PURPOSE.to_owned())),
+            Some(Fault::NotTaken) => return all(not_taken()),
+            Some(Fault::Refuse) => return all(refused()),
             Some(Fault::EndSession) => drop(self.life.end(&lost())),
             _ => {}
         }
@@ -168,7 +176,12 @@ impl Session for FaultySession {
             }
             _ => {}
         }
-        let mut results = self.settle_all(batch, fault == Some(Fault::NotTaken)).await;
+        let instead = match fault {
+            Some(Fault::NotTaken) => Some(not_taken()),
+            Some(Fault::Refuse) => Some(refused()),
+            _ => None,
+        };
+        let mut results = self.settle_all(batch, instead).await;
         if self.faults.after(Op::Settle, fault).await {
             return all(unknown);
         }
@@ -190,7 +203,7 @@ impl Session for FaultySession {
             Some(Fault::NotTaken) => {
                 let to = Address::Atom(changed.atom.clone());
                 let envelope = Envelope::new(to, Message::Electron(changed));
-                return Err(not_safe(ticket, vec![envelope]));
+                return Err(not_safe(ticket, vec![envelope], &not_taken()));
             }
             Some(Fault::EndSession) => {
                 self.life.end(&lost());
