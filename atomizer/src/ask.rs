@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use rustc_hash::FxHashMap;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -99,6 +100,13 @@ impl Pending {
             .collect()
     }
 
+    /// Whether somebody waits for the answer to this question still.
+    fn is_asked(&self, question: &Arc<Electron>) -> bool {
+        let waiting = self.lock();
+        let waits = waiting.by_id.get(&question.id);
+        waits.is_some_and(|waits| Arc::ptr_eq(&waits.question, question))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         // Every change is a single insert or remove: a panic cannot leave one half done.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
@@ -134,9 +142,22 @@ impl Asker {
         let electrons = questions.len();
         tracing::warn!(conductor = %self.link.id(), electrons, "answers may have been lost; asking again");
         self.node.events.emit(Some(self.link.id()), || EventKind::AskedAgain { electrons });
+        let mut by_atom = FxHashMap::<_, Vec<_>>::default();
+        for question in questions {
+            by_atom.entry(question.atom.clone()).or_default().push(question);
+        }
+        // Side by side: an atom whose queue takes nothing holds up no other.
+        join_all(by_atom.values().map(|questions| self.ask_all_again(questions))).await;
+    }
+
+    /// Asks those of one atom again that somebody waits for still.
+    async fn ask_all_again(&self, questions: &[Arc<Electron>]) {
+        let is_asked = |question: &Arc<Electron>| self.node.pending.is_asked(question);
         for questions in questions.chunks(ASK_AGAIN_BATCH) {
-            let envelopes: Vec<_> = questions.iter().map(envelope).collect();
-            for (question, sent) in questions.iter().zip(self.link.send(&envelopes).await) {
+            let questions = Vec::from_iter(questions.iter().filter(|question| is_asked(question)));
+            let envelopes: Vec<_> = questions.iter().copied().map(envelope).collect();
+            let sent = self.link.send_wanted(&envelopes, |at| is_asked(questions[at])).await;
+            for (question, sent) in questions.iter().zip(sent) {
                 if let Err(error) = sent {
                     // Its call has a deadline.
                     tracing::warn!(id = %question.id, %error, "failed to ask again");

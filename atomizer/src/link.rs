@@ -367,6 +367,15 @@ impl Link {
     /// What the session could not say, because it ended meanwhile, is sent again through the next one, under
     /// the same ids; so is what was not taken for now. The caller bounds the time.
     pub(crate) async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
+        self.send_wanted(envelopes, |_| true).await
+    }
+
+    /// As [`send`](Self::send), but an envelope is not sent again when that is not wanted any more, by its place.
+    pub(crate) async fn send_wanted(
+        &self,
+        envelopes: &[Envelope],
+        wanted: impl Fn(usize) -> bool,
+    ) -> Vec<Result<(), SendError>> {
         let open_now = self.session.borrow().clone();
         let mut results = match open_now {
             Some(session) => self.send_through(&session, envelopes).await,
@@ -374,7 +383,8 @@ impl Link {
         };
         let mut pauses = backoff();
         loop {
-            let open: Vec<usize> = (0..results.len()).filter(|&at| is_open(&results[at])).collect();
+            let is_open = |&at: &usize| is_open(&results[at]) && wanted(at);
+            let open: Vec<usize> = (0..results.len()).filter(is_open).collect();
             if open.is_empty() {
                 return results;
             }
