@@ -48,6 +48,7 @@ mod convert;
 mod dead;
 mod declare;
 mod delay;
+mod inbox;
 mod lane;
 mod lease;
 mod life;
@@ -78,6 +79,7 @@ pub use dead::{Clearing, DeadLetters, DeadLettersError, Listing, Progress, Reque
 pub use topology::TopologyMode;
 
 use connect::Addresses;
+use inbox::Inboxes;
 use publisher::Moves;
 use session::{Options, RabbitSession};
 use topology::Topology;
@@ -126,6 +128,7 @@ impl RabbitMq {
                     .hold_max(Self::HOLD_MAX),
                 watchdog: watchdog::PERIOD_DEFAULT,
                 moves: Moves::default(),
+                inboxes: Inboxes::default(),
             },
         })
     }

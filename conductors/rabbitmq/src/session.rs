@@ -4,10 +4,7 @@ use std::{
     collections::HashSet,
     fmt,
     num::NonZeroUsize,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -37,6 +34,7 @@ use crate::{
     connect::{Address, Connected, Patience, plain},
     declare::{Declarer, NOT_MADE, found, on_own_channel, refusal},
     delay::Ladder,
+    inbox::Inboxes,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window, gathered_max},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
@@ -53,6 +51,7 @@ pub(crate) struct Options {
     /// How long a consumer may be brought nothing before the broker is asked.
     pub(crate) watchdog: Duration,
     pub(crate) moves: Moves,
+    pub(crate) inboxes: Inboxes,
 }
 
 /// Two connections: a broker that is short of memory or disk stops reading from those that publish, and
@@ -73,8 +72,6 @@ pub(crate) struct RabbitSession {
     /// The way to park, and the lane of what is parked, once something was.
     lease: AsyncMutex<Option<(Arc<Lease>, LaneId)>>,
     life: Life,
-    /// Whether the inbox was not there, and what was sent to it may be lost, until that is told.
-    inbox_is_new: AtomicBool,
     /// Atoms whose queue was declared through this session.
     declared: Mutex<HashSet<AtomId>>,
     /// Held while queues are declared: a thousand sends at once are not to declare the same queue a thousand times.
@@ -93,14 +90,13 @@ impl RabbitSession {
         let connect = |role| address.connect(node, role, patience.connect);
         let (publishing, consuming) = tokio::try_join!(connect("publishes"), connect("consumes"))?;
         let setting_up = async {
-            let inbox_is_new = !topology.is_inbox_there(&publishing.connection, node).await?;
             topology.declare_base(&publishing.connection).await?;
-            topology.declare_inbox(&publishing.connection, node).await?;
+            options.inboxes.make(topology, &publishing.connection, node).await?;
             let channel = publishing.connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok((channel, inbox_is_new))
+            Ok(channel)
         };
-        let (channel, inbox_is_new) = match timeout(patience.set_up, setting_up).await {
+        let channel = match timeout(patience.set_up, setting_up).await {
             Ok(channel) => channel.map_err(|error| match refusal(&error) {
                 Some(AMQPSoftError::NOTFOUND) if topology.mode == TopologyMode::Passive => {
                     OpenError::Misconfigured(format!("{address}: {}: {NOT_MADE}", plain(&error)))
@@ -140,7 +136,6 @@ impl RabbitSession {
             leases: Leases::new(),
             lease: AsyncMutex::default(),
             life,
-            inbox_is_new: AtomicBool::new(inbox_is_new),
             declared: Mutex::default(),
             declaring: AsyncMutex::default(),
             tasks: Mutex::new(tasks),
@@ -396,12 +391,8 @@ impl Session for RabbitSession {
             }
             Source::Inbox => {
                 // It may have been deleted, or have expired, since the session began.
-                let making = async {
-                    if !self.topology.is_inbox_there(&self.consuming, &self.node).await? {
-                        self.inbox_is_new.store(true, Ordering::Relaxed);
-                    }
-                    self.topology.declare_inbox(&self.consuming, &self.node).await
-                };
+                let inboxes = &self.options.inboxes;
+                let making = inboxes.make(&self.topology, &self.consuming, &self.node);
                 self.life.bound(REQUEST_TIMEOUT, making).await?;
                 (self.topology.inbox_queue(&self.node), None)
             }
@@ -414,7 +405,7 @@ impl Session for RabbitSession {
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
-        let missed = atom.is_none() && self.inbox_is_new.swap(false, Ordering::Relaxed);
+        let missed = atom.is_none() && self.options.inboxes.take_lost(&self.node);
         Ok(Box::new(LaneSubscription {
             id,
             channel,
@@ -535,6 +526,7 @@ impl Session for RabbitSession {
         self.close_lease().await;
         self.life.end_with(SessionError::Closed);
         // Nobody reads it any more: this node is closing for good.
+        self.options.inboxes.take_lost(&self.node);
         delete(&self.publishing, &self.topology.inbox_queue(&self.node)).await;
         for connection in [&self.consuming, &self.publishing] {
             close(connection).await;

@@ -1,12 +1,13 @@
 //! Answers: they wait for who is away, and are asked for again when they are lost.
 
-use std::sync::Arc;
+use std::{num::NonZeroUsize, sync::Arc};
 
-use atomizer::{EventKind, EventStream, prelude::*};
+use atomizer::{Conductor, EventKind, EventStream, NodeId, Source, prelude::*};
 use atomizer_test_support::{Proxy, Vhost};
+use serde_json::json;
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::support::{blocking, delete_queue, rabbit, soon, until, vhost};
+use crate::support::{blocking, delete_queue, rabbit, soon, until, until_it_holds, vhost};
 
 /// Answers when it may.
 struct Gate(Arc<Semaphore>);
@@ -148,4 +149,66 @@ async fn what_an_asker_that_is_gone_has_asked_ends_unclaimed() {
     scene.answer(working, true).await;
     scene.worker.drain().await.unwrap();
     blocking(move || drop((scene.vhost, scene.proxy))).await;
+}
+
+/// Whoever makes the inbox anew may be gone before anyone takes from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inbox_that_was_lost_is_told_of_by_a_later_session() {
+    let vhost = Arc::new(vhost().await);
+    let (conductor, node) = (rabbit(&vhost.url()), NodeId::unique("asker").unwrap());
+    let missed = async || {
+        let session = soon(conductor.open(&node)).await.unwrap();
+        let one = NonZeroUsize::MIN;
+        let subscription = soon(session.subscribe(Source::Inbox, one)).await.unwrap();
+        subscription.may_have_missed()
+    };
+    assert!(missed().await, "it was not there before");
+    assert!(!missed().await);
+    delete_queue(&vhost, &format!("atomizer.inbox.{node}")).await;
+    drop(soon(conductor.open(&node)).await.unwrap());
+    assert!(missed().await);
+    assert!(!missed().await, "it is told once");
+    blocking(move || drop(vhost)).await;
+}
+
+/// Asks what nobody has.
+struct Nobody;
+
+impl Atom for Nobody {
+    const ID: &'static str = "nobody";
+    type Input = u64;
+    type Output = u64;
+
+    async fn process(&self, _cx: &Context, number: u64) -> Result<u64> {
+        Ok(number)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_again_is_not_held_up_by_a_full_queue() {
+    const STUCK: usize = 300;
+    let scene = Scene::new().await;
+    let mut stuck = JoinSet::new();
+    for number in 0..STUCK as u64 {
+        stuck.spawn(scene.asker.call::<Nobody>(number).into_future());
+    }
+    until_it_holds(&scene.vhost, "atomizer.atom.nobody", STUCK as u64).await;
+    let policy = json!({
+        "pattern": "^atomizer\\.atom\\.nobody$", "apply-to": "queues",
+        "definition": { "max-length": 5 },
+    });
+    let (limited, path) =
+        (Arc::clone(&scene.vhost), format!("/api/policies/{}/short", scene.vhost.name()));
+    blocking(move || limited.node().manage("PUT", &path, Some(&policy)).unwrap()).await;
+    let (mut asking, working) = (scene.asker.events(), scene.worker.events());
+    scene.proxy.refuse(true);
+    scene.proxy.cut();
+    until(&mut asking, |kind| matches!(kind, EventKind::SessionLost { .. })).await;
+    delete_queue(&scene.vhost, &scene.inbox()).await;
+    scene.answer(working, true).await;
+    scene.proxy.refuse(false);
+    const ALL: usize = STUCK + CALLS;
+    until(&mut asking, |kind| matches!(kind, EventKind::AskedAgain { electrons: ALL })).await;
+    scene.all_resolve().await;
+    stuck.shutdown().await;
 }
