@@ -7,6 +7,7 @@
 use std::{sync::Arc, time::Duration};
 
 use atomizer::SessionError;
+use futures::future::BoxFuture;
 use lapin::{Channel, Connection, Queue, options::QueueDeclareOptions, types::FieldTable};
 use tokio::time::{Instant, sleep_until};
 
@@ -28,6 +29,9 @@ pub(crate) struct Watchdog {
     life: Life,
     period: Duration,
     look_at: Instant,
+    /// What the broker has been asked and has not answered. It lives here, as [`bite`](Self::bite) is dropped and
+    /// called again: on a busy worker it would never be answered there.
+    looking: Option<BoxFuture<'static, Result<Option<String>, SessionError>>>,
     suspicions: u32,
 }
 
@@ -39,12 +43,13 @@ impl Watchdog {
         period: Duration,
     ) -> Self {
         let look_at = Instant::now() + period;
-        Self { queue, connection, life, period, look_at, suspicions: 0 }
+        Self { queue, connection, life, period, look_at, looking: None, suspicions: 0 }
     }
 
     /// Notes that something was delivered.
     pub(crate) fn feed(&mut self) {
         self.suspicions = 0;
+        self.looking = None;
         self.look_at = Instant::now() + self.period;
     }
 
@@ -53,34 +58,47 @@ impl Watchdog {
     /// Cancel safe.
     pub(crate) async fn bite(&mut self, may_expect: impl Fn() -> bool) -> SessionError {
         loop {
-            sleep_until(self.look_at).await;
-            let wrong = if may_expect() { self.look().await } else { None };
+            let looked = match &mut self.looking {
+                Some(looking) => looking.await,
+                None => {
+                    sleep_until(self.look_at).await;
+                    if may_expect() {
+                        self.looking = Some(self.look());
+                        continue;
+                    }
+                    Ok(None)
+                }
+            };
+            self.looking = None;
             self.look_at = Instant::now() + self.period;
-            match wrong {
-                Some(wrong) if self.suspicions + 1 >= SUSPICIONS_MAX => {
+            match looked {
+                Ok(Some(wrong)) if self.suspicions + 1 >= SUSPICIONS_MAX => {
                     return SessionError::lost(wrong);
                 }
-                Some(wrong) => {
+                Ok(Some(wrong)) => {
                     tracing::debug!(queue = self.queue, wrong, "a consumer is brought nothing");
                     self.suspicions += 1;
                 }
-                None => self.suspicions = 0,
+                Ok(None) => self.suspicions = 0,
+                // A broker that is slow says nothing against the consumer.
+                Err(error) => {
+                    tracing::debug!(queue = self.queue, %error, "failed to look after a consumer");
+                }
             }
         }
     }
 
-    async fn look(&self) -> Option<String> {
-        let look = async |channel: &Channel| {
-            let options = QueueDeclareOptions { passive: true, ..Default::default() };
-            channel.queue_declare(self.queue.as_str().into(), options, FieldTable::default()).await
-        };
-        let looked = self.life.bound(REQUEST_TIMEOUT, on_own_channel(&self.connection, look)).await;
-        match looked {
-            Ok(queue) => verdict(&queue),
-            Err(error) => {
-                Some(format!("nothing is delivered, and the broker cannot say why: {error}"))
-            }
-        }
+    fn look(&self) -> BoxFuture<'static, Result<Option<String>, SessionError>> {
+        let (queue, connection) = (self.queue.clone(), Arc::clone(&self.connection));
+        let life = self.life.clone();
+        Box::pin(async move {
+            let look = async |channel: &Channel| {
+                let options = QueueDeclareOptions { passive: true, ..Default::default() };
+                channel.queue_declare(queue.as_str().into(), options, FieldTable::default()).await
+            };
+            let looking = on_own_channel(&connection, look);
+            life.bound(REQUEST_TIMEOUT, looking).await.map(|queue| verdict(&queue))
+        })
     }
 }
 

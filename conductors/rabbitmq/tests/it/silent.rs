@@ -63,6 +63,29 @@ async fn a_worker_whose_consumer_the_broker_forgot_consumes_again() {
     blocking(move || drop(vhost)).await;
 }
 
+/// A worker that is busy takes anew all the time, and the broker must have time to answer all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_is_asked_all_the_time_is_watched_too() {
+    let vhost = Arc::new(vhost().await);
+    let conductor = rabbit(&vhost.url()).watchdog(Duration::from_millis(100));
+    let session = conductor.open(&NodeId::unique("node").unwrap()).await.unwrap();
+    let (atom, one) = (AtomId::from_static("busy"), NonZeroUsize::MIN);
+    let mut subscription = session.subscribe(Source::Atom(atom), one).await.unwrap();
+    forget_consumers(&vhost, "atomizer.atom.busy").await;
+    let bitten = async {
+        loop {
+            let next = tokio::time::timeout(Duration::from_millis(1), subscription.next(one));
+            if let Ok(taken) = next.await {
+                return taken;
+            }
+        }
+    };
+    let error = soon(bitten).await.unwrap_err();
+    assert!(error.to_string().contains("forgotten"), "{error}");
+    session.close().await;
+    blocking(move || drop(vhost)).await;
+}
+
 /// What is out fills the window: that nothing arrives is as it should be.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subscription_whose_window_is_full_is_left_alone() {
