@@ -197,6 +197,34 @@ async fn a_broker_that_is_short_of_memory_slows_the_sender_and_loses_nothing() {
     blocking(move || drop(broker)).await;
 }
 
+/// What waits for a broker that is short of memory says so, for whoever else has an eye on the time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_says_when_its_broker_blocks_it() {
+    let broker = Arc::new(blocking(|| Broker::start().unwrap()).await);
+    let session = rabbit(&broker.url("/")).open(&NodeId::unique("node").unwrap()).await.unwrap();
+    assert!(!session.is_blocked());
+    let alarm = "{{resource_limit, memory, node()}, []}";
+    ctl(&broker, format!("rabbit_alarm:set_alarm({alarm}).")).await;
+    let atom = AtomId::from_static("blocked");
+    let electron = Electron::new(atom.clone(), Payload::json("1"));
+    let envelopes = [Envelope::new(Address::Atom(atom), electron.into())];
+    let is = async |blocked: bool| {
+        while session.is_blocked() != blocked {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let blocked = async {
+        soon(is(true)).await;
+        ctl(&broker, "rabbit_alarm:clear_alarm({resource_limit, memory, node()}).".to_owned())
+            .await;
+        soon(is(false)).await;
+    };
+    let (sent, ()) = tokio::join!(session.send(&envelopes), blocked);
+    assert!(sent.iter().all(Result::is_ok), "{sent:?}");
+    session.close().await;
+    blocking(move || drop(broker)).await;
+}
+
 /// A full queue declines what is published. The sender waits for room, and its session is not thrown away over and
 /// over for it.
 #[tokio::test(flavor = "multi_thread")]
