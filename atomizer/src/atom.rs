@@ -195,8 +195,9 @@ impl Options {
     ///
     /// The price: an electron whose node is lost while it runs ends with it, and nobody is told. What the policy
     /// allows after a failure still holds: then it is known that the attempt has ended. A sender that does not know
-    /// whether its send arrived sends again, under the same id: two messages, of which a node that has both begins
-    /// one, but two nodes may begin one each.
+    /// whether its send arrived sends again, under the same id, and so does a caller whose answers may be lost with its
+    /// inbox: two messages, of which a node that has both at once begins one, but two nodes may begin one each, and
+    /// so may one node when the first has ended.
     pub fn at_most_once(mut self) -> Self {
         self.at_most_once = true;
         self
