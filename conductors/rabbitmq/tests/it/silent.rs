@@ -7,6 +7,7 @@ use atomizer::{
     prelude::*,
 };
 use atomizer_test_support::{Broker, Node, Permissions, Proxy, Vhost};
+use futures::FutureExt;
 use serde_json::json;
 use tokio::task::JoinSet;
 
@@ -74,10 +75,10 @@ async fn a_consumer_that_is_asked_all_the_time_is_watched_too() {
     forget_consumers(&vhost, "atomizer.atom.busy").await;
     let bitten = async {
         loop {
-            let next = tokio::time::timeout(Duration::from_millis(1), subscription.next(one));
-            if let Ok(taken) = next.await {
+            if let Some(taken) = subscription.next(one).now_or_never() {
                 return taken;
             }
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     let error = soon(bitten).await.unwrap_err();
