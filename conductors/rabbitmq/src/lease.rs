@@ -40,7 +40,7 @@ use std::{
     time::Duration,
 };
 
-use atomizer::{Envelope, SendError, SessionError, SettleError, Ticket};
+use atomizer::{Envelope, Message, SendError, SessionError, SettleError, Ticket};
 use futures::StreamExt;
 use lapin::{Channel, Consumer, message::Delivery, types::ShortString};
 use tokio::{
@@ -120,7 +120,8 @@ impl Leases {
         // In this order: who closes waits for permits that are out, and lets nobody in after that.
         self.check_open()?;
         let leases = Arc::clone(self);
-        Ok(Parked { copy: copy.clone(), gone: false, leases, _permit: permit })
+        let since = Instant::now();
+        Ok(Parked { copy: copy.clone(), since, gone: false, leases, _permit: permit })
     }
 }
 
@@ -161,14 +162,27 @@ enum Waiter {
 /// is dropped.
 #[derive(Debug)]
 pub(crate) struct Parked {
-    /// What to publish to give it back.
     copy: Envelope,
+    /// When it became what it is.
+    since: Instant,
     gone: bool,
     leases: Arc<Leases>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Parked {
+    /// What to publish to give it back, or to renew it: with what is left of its deadline.
+    fn copy(&self) -> Envelope {
+        let mut copy = self.copy.clone();
+        if let Message::Electron(electron) = &mut copy.message
+            && let Some(deadline) = electron.deadline
+        {
+            let left = deadline.saturating_sub(self.since.elapsed());
+            Arc::make_mut(electron).deadline = Some(left);
+        }
+        copy
+    }
+
     /// Says that it is acknowledged, or was never published.
     pub(crate) fn gone(mut self) {
         self.gone = true;
@@ -471,7 +485,7 @@ impl Held {
     /// Begins to give back; nothing when that or something else has begun already.
     pub(crate) fn give_back(&mut self, key: u64) -> Option<(u64, Envelope)> {
         let parked = self.begin(key, State::GivingBack)?;
-        Some((key, parked.copy.clone()))
+        Some((key, parked.copy()))
     }
 
     /// Begins to give back everything, and what arrives later as soon as it does.
@@ -538,7 +552,7 @@ impl Held {
                     put_off.extend(self.not_renewed(key, false));
                 }
                 State::Out if self.renewing < RENEWING_MAX && !self.closing => {
-                    let copy = held.parked.copy.clone();
+                    let copy = held.parked.copy();
                     // Without room for it there is some later.
                     let Ok(mark) = self.lease.enter(&copy, Waiter::Renewal(key)) else { continue };
                     let via = self.lease.via(&mark);
@@ -585,4 +599,52 @@ pub(crate) struct Replaced {
     pub(crate) tag: u64,
     pub(crate) parked: Parked,
     pub(crate) then: Option<Command>,
+}
+
+#[cfg(test)]
+mod tests {
+    use atomizer::{Address, AtomId, Electron, Payload};
+    use tokio::time::advance;
+
+    use super::*;
+
+    const RENEW_AFTER: Duration = Duration::from_secs(10);
+    const KEY: u64 = 7;
+
+    /// Something parked with so much time left, and by whom it is held.
+    fn held(deadline: Duration) -> (Arc<Lease>, Held) {
+        let mut electron = Electron::new(AtomId::from_static("parked"), Payload::json("1"));
+        electron.deadline = Some(deadline);
+        let copy = Envelope::new(Address::Atom(electron.atom.clone()), electron.into());
+        let lease = Lease::new(Leases::new(), "lease");
+        let parked = lease.leases.enter(&copy, &Waiter::Renewal(KEY)).unwrap();
+        let mut held = Held::new(Arc::clone(&lease), RENEW_AFTER);
+        assert!(held.hold(KEY, 1, parked).is_none());
+        (lease, held)
+    }
+
+    fn left(copy: &Envelope) -> Duration {
+        let Message::Electron(electron) = &copy.message else { panic!("{copy:?}") };
+        electron.deadline.unwrap()
+    }
+
+    /// The new copy is here.
+    fn arrive(lease: &Lease, held: &mut Held, tag: u64) {
+        let awaited = lease.lock().by_mark.drain().next().unwrap().1;
+        assert!(held.renewed(KEY, tag, awaited.parked).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_renewed_and_given_back_has_the_time_left_that_it_has() {
+        let (lease, mut held) = held(Duration::from_secs(60));
+        for (tag, seconds) in [(2, 50), (3, 40)] {
+            advance(RENEW_AFTER).await;
+            let (copies, _) = held.renew();
+            assert_eq!(left(&copies[0].copy), Duration::from_secs(seconds));
+            arrive(&lease, &mut held, tag);
+        }
+        advance(Duration::from_secs(5)).await;
+        let (_, copy) = held.give_back(KEY).unwrap();
+        assert_eq!(left(&copy), Duration::from_secs(35));
+    }
 }
