@@ -14,7 +14,7 @@ use std::{
     fmt,
     num::{NonZeroU32, NonZeroUsize},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use atomizer::{
@@ -28,7 +28,7 @@ pub use clearing::Clearing;
 pub use listing::Listing;
 
 use crate::{
-    connect::{Addresses, Connected, plain},
+    connect::{Address, Addresses, Connected, Patience, plain},
     declare::{on_own_channel, refusal},
     life::{Life, REQUEST_TIMEOUT, close, watch_over},
     topology::Topology,
@@ -142,26 +142,13 @@ impl DeadLetters {
         Clearing::purge(self.clone(), selection)
     }
 
-    /// Connects to the first address that can be used.
-    async fn connect(&self, role: &str) -> Result<Connected, OpenError> {
-        let (patience, begun) = (self.addresses.patience(), Instant::now());
-        let mut errors = Vec::new();
-        for address in self.addresses.round() {
-            match address.connect(&self.operator, role, patience.connect).await {
-                Ok(connected) => {
-                    self.addresses.answered();
-                    return Ok(connected);
-                }
-                Err(error) => errors.push(error),
-            }
-        }
-        Err(self.addresses.none_answered(errors, begun.elapsed()))
-    }
-
     /// Opens a connection.
     async fn open(&self, role: &str) -> Result<Opened, DeadLettersError> {
-        let Connected { connection, events, .. } =
-            self.connect(role).await.map_err(DeadLettersError::Open)?;
+        let connect = |address: Address, patience: Patience| async move {
+            address.connect(&self.operator, role, patience.connect).await
+        };
+        let connected = self.addresses.try_each(connect).await.map_err(DeadLettersError::Open)?;
+        let Connected { connection, events, .. } = connected;
         let (connection, life) = (Arc::new(connection), Life::new());
         let mut watching = JoinSet::new();
         watching.spawn(watch_over(Arc::clone(&connection), events, life.clone()));

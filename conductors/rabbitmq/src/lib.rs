@@ -63,22 +63,19 @@ mod tls;
 #[path = "no_tls.rs"]
 mod tls;
 mod topology;
+mod url;
 mod watchdog;
 
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Session};
 
-pub use connect::UrlError;
 pub use dead::{Clearing, DeadLetters, DeadLettersError, Listing, Progress, Requeue, Selection};
 pub use topology::TopologyMode;
+pub use url::UrlError;
 
-use connect::Addresses;
+use connect::{Address, Addresses};
 use inbox::Inboxes;
 use publisher::Moves;
 use session::{Options, RabbitSession};
@@ -210,20 +207,9 @@ impl Conductor for RabbitMq {
 
     async fn open(&self, node: &NodeId) -> Result<Arc<dyn Session>, OpenError> {
         let Self { addresses, topology, options, .. } = self;
-        let (patience, begun) = (addresses.patience(), Instant::now());
-        let mut errors = Vec::new();
-        for address in addresses.round() {
-            match RabbitSession::open(address, topology, options, node, patience).await {
-                Ok(session) => {
-                    addresses.answered();
-                    return Ok(Arc::new(session));
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "an address was of no use");
-                    errors.push(error);
-                }
-            }
-        }
-        Err(addresses.none_answered(errors, begun.elapsed()))
+        let open = |address: Address, patience| async move {
+            RabbitSession::open(&address, topology, options, node, patience).await
+        };
+        Ok(Arc::new(addresses.try_each(open).await?))
     }
 }
