@@ -169,7 +169,8 @@ struct Work {
     settled: Vec<(u64, Done)>,
     /// Done when they are carried out.
     taken: Vec<(u64, Done)>,
-    renewing: FuturesUnordered<BoxFuture<'static, Published>>,
+    /// By their marks.
+    renewing: FuturesUnordered<BoxFuture<'static, (String, Published)>>,
     /// Copies that are gone when the acknowledgements are sent.
     replaced: Vec<Parked>,
 }
@@ -197,7 +198,7 @@ impl Settler {
                     }
                 }
                 Some(published) = work.publishing.next() => self.published(published, &mut work),
-                Some(published) = work.renewing.next() => self.renewal_published(&published),
+                Some((mark, published)) = work.renewing.next() => self.renewal_published(&mark, &published),
                 () = due(self.parked.as_ref().and_then(Held::next_due)) => self.renew(&work),
                 () = due(work.flush_at) => {}
             }
@@ -295,19 +296,19 @@ impl Settler {
     fn renew(&mut self, work: &Work) {
         let Some((copies, put_off)) = self.parked.as_mut().map(Held::renew) else { return };
         self.again(put_off);
-        for Renew { key, copy, via } in copies {
+        for Renew { key, mark, copy, via } in copies {
             // Nobody waits for the result: what counts is that the copy arrives.
             let (done, _) = oneshot::channel();
             let publishing = publish(self.publisher.clone(), key, vec![copy], via, done);
-            work.renewing.push(Box::pin(publishing));
+            work.renewing.push(Box::pin(async move { (mark, publishing.await) }));
         }
     }
 
-    fn renewal_published(&mut self, (key, failed, _): &Published) {
-        let Some((_, error)) = failed.first() else { return };
+    fn renewal_published(&mut self, mark: &str, (key, failed, _): &Published) {
+        let Some(held) = &mut self.parked else { return };
+        let Some((_, error)) = failed.first() else { return held.renewal_confirmed(*key, mark) };
         tracing::warn!(%error, "a parked electron is not renewed yet");
-        let never_sent = was_never_sent(failed);
-        let put_off = self.parked.as_mut().and_then(|held| held.not_renewed(*key, never_sent));
+        let put_off = held.not_renewed(*key, mark, was_never_sent(failed));
         self.again(put_off);
     }
 

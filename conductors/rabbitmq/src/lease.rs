@@ -413,10 +413,11 @@ enum State {
     GivingBack,
 }
 
-/// A new copy that is under way.
+/// A new copy that is under way. There is never a second one.
 struct Renewal {
     mark: String,
-    since: Instant,
+    /// When it became known to be in the lease queue. Until then it may take as long as a broker is blocked.
+    confirmed: Option<Instant>,
     /// What is to be done once it is here.
     then: Option<Command>,
 }
@@ -424,6 +425,8 @@ struct Renewal {
 /// A copy to be published again.
 pub(crate) struct Renew {
     pub(crate) key: u64,
+    /// By which its result is told.
+    pub(crate) mark: String,
     pub(crate) copy: Envelope,
     pub(crate) via: Via,
 }
@@ -548,17 +551,21 @@ impl Held {
             self.renew_in(key, RENEW_AGAIN_AFTER);
             let Some(held) = self.by_key.get_mut(&key) else { continue };
             match &held.state {
-                State::Renewing(Renewal { since, .. }) if *since + ARRIVAL_TIMEOUT <= now => {
-                    put_off.extend(self.not_renewed(key, false));
+                State::Renewing(Renewal { mark, confirmed: Some(confirmed), .. })
+                    if *confirmed + ARRIVAL_TIMEOUT <= now =>
+                {
+                    let mark = mark.clone();
+                    put_off.extend(self.not_renewed(key, &mark, false));
                 }
                 State::Out if self.renewing < RENEWING_MAX && !self.closing => {
                     let copy = held.parked.copy();
                     // Without room for it there is some later.
                     let Ok(mark) = self.lease.enter(&copy, Waiter::Renewal(key)) else { continue };
                     let via = self.lease.via(&mark);
-                    held.state = State::Renewing(Renewal { mark, since: now, then: None });
+                    let renewal = Renewal { mark: mark.clone(), confirmed: None, then: None };
+                    held.state = State::Renewing(renewal);
                     self.renewing += 1;
-                    copies.push(Renew { key, copy, via });
+                    copies.push(Renew { key, mark, copy, via });
                 }
                 _ => {}
             }
@@ -580,17 +587,36 @@ impl Held {
         Some(Replaced { tag, parked, then: renewal.then })
     }
 
+    /// Notes that a new copy is in the lease queue, if it has not arrived already.
+    pub(crate) fn renewal_confirmed(&mut self, key: u64, mark: &str) {
+        if let Some(renewal) = self.renewal(key, mark) {
+            renewal.confirmed = Some(Instant::now());
+        }
+    }
+
     /// Gives up a renewal for now, unless the new copy has arrived. Returns what waited for it.
-    pub(crate) fn not_renewed(&mut self, key: u64, never_sent: bool) -> Option<Command> {
-        let held = self.by_key.get_mut(&key)?;
-        let State::Renewing(Renewal { mark, then, .. }) = &mut held.state else { return None };
+    pub(crate) fn not_renewed(
+        &mut self,
+        key: u64,
+        mark: &str,
+        never_sent: bool,
+    ) -> Option<Command> {
+        self.renewal(key, mark)?;
         if !self.lease.forget(mark, never_sent) {
             return None;
         }
-        let then = then.take();
-        held.state = State::Out;
+        let then = self.renewal(key, mark)?.then.take();
+        self.by_key.get_mut(&key)?.state = State::Out;
         self.renewing -= 1;
         then
+    }
+
+    /// The renewal that is under way, if it is the one of this mark: the news of an earlier one may come late.
+    fn renewal(&mut self, key: u64, mark: &str) -> Option<&mut Renewal> {
+        match &mut self.by_key.get_mut(&key)?.state {
+            State::Renewing(renewal) if renewal.mark == mark => Some(renewal),
+            _ => None,
+        }
     }
 }
 
@@ -646,5 +672,41 @@ mod tests {
         advance(Duration::from_secs(5)).await;
         let (_, copy) = held.give_back(KEY).unwrap();
         assert_eq!(left(&copy), Duration::from_secs(35));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_second_copy_is_under_way_while_the_broker_is_blocked() {
+        let (lease, mut held) = held(Duration::MAX);
+        advance(RENEW_AFTER).await;
+        let first = held.renew().0.remove(0);
+        for _ in 0..1000 {
+            advance(RENEW_AGAIN_AFTER).await;
+            assert!(held.renew().0.is_empty());
+        }
+        held.renewal_confirmed(KEY, &first.mark);
+        advance(ARRIVAL_TIMEOUT - RENEW_AGAIN_AFTER).await;
+        assert!(held.renew().0.is_empty());
+        // It has gone back meanwhile.
+        advance(RENEW_AGAIN_AFTER).await;
+        assert!(held.renew().0.is_empty());
+        advance(RENEW_AGAIN_AFTER).await;
+        assert_eq!(held.renew().0.len(), 1);
+        assert_eq!(lease.lock().by_mark.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn late_news_of_a_renewal_do_not_speak_of_the_next() {
+        let (lease, mut held) = held(Duration::MAX);
+        advance(RENEW_AFTER).await;
+        let first = held.renew().0.remove(0);
+        arrive(&lease, &mut held, 2);
+        advance(RENEW_AFTER).await;
+        let second = held.renew().0.remove(0);
+        held.renewal_confirmed(KEY, &first.mark);
+        advance(2 * ARRIVAL_TIMEOUT).await;
+        assert!(held.renew().0.is_empty(), "the second is not confirmed");
+        assert!(held.put_off(Command::Release { key: KEY }).is_none());
+        assert!(held.not_renewed(KEY, &first.mark, false).is_none());
+        assert!(held.not_renewed(KEY, &second.mark, false).is_some(), "it waited for the second");
     }
 }
