@@ -52,6 +52,7 @@ mod inbox;
 mod lane;
 mod lease;
 mod life;
+mod moves;
 mod publisher;
 mod returns;
 mod server;
@@ -77,7 +78,7 @@ pub use url::UrlError;
 
 use connect::{Address, Addresses};
 use inbox::Inboxes;
-use publisher::Moves;
+use moves::Moves;
 use session::{Options, RabbitSession};
 use topology::Topology;
 
