@@ -214,7 +214,10 @@ impl Flow {
         let events = std::iter::from_fn(|| self.events.next().now_or_never().flatten());
         let events = events.filter_map(Result::ok).filter(|event| {
             use EventKind::{Completed, Received, Started, Suspected};
-            !matches!(event.kind, Completed { .. } | Received { .. } | Started { .. } | Suspected { .. })
+            !matches!(
+                event.kind,
+                Completed { .. } | Received { .. } | Started { .. } | Suspected { .. }
+            )
         });
         events.map(|event| format!("\n  {event}")).collect()
     }
