@@ -52,7 +52,6 @@ mod inbox;
 mod lane;
 mod lease;
 mod life;
-mod moves;
 mod publisher;
 mod returns;
 mod server;
@@ -78,7 +77,7 @@ pub use url::UrlError;
 
 use connect::{Address, Addresses};
 use inbox::Inboxes;
-use moves::Moves;
+use publisher::Moves;
 use session::{Options, RabbitSession};
 use topology::Topology;
 

@@ -1,6 +1,10 @@
 //! Publishes: pipelined, confirmed, bounded.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use atomizer::{
     Address, Envelope, Limits, Message, SendError,
@@ -15,7 +19,7 @@ use lapin::{
 use slab::Slab;
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
 use crate::{
@@ -24,7 +28,6 @@ use crate::{
     declare::refusal,
     delay::Ladder,
     life::Life,
-    moves::{DECLINED_MAX, Declines, Moves},
     returns::{Answered, Key, Returns},
     session::Options,
     topology::{Route, Topology},
@@ -52,10 +55,61 @@ pub(crate) enum Via {
     Back,
 }
 
+/// How many messages the broker may decline in a row before the next session is tried, on another node if there
+/// is one: for ten seconds and more after the leader of a queue was killed, a node may decline everything that is
+/// for it (seen with 3.10.8).
+const DECLINED_MAX: u32 = 20;
 /// How long a session that has never had a message taken waits for a confirm before the next is tried. A channel
 /// that was opened before a new leader was known holds on to the old one: it answers a message in 7 s, by declining
 /// it, and so on for ever (seen with 3.10.8, the old leader being cut off). One that is opened afterwards is well.
 const FIRST_CONFIRM_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a session is kept at the least when the last was given up for one of these: twice as long each time. A
+/// queue that is full declines too, a slow disk confirms late, and no other session would do better.
+const KEPT_MIN: Duration = Duration::from_secs(2);
+const KEPT_MAX: Duration = Duration::from_secs(30);
+
+/// When a session was last given up because the broker took nothing, and how long to keep what followed; shared by
+/// all sessions of a conductor.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Moves(Arc<Mutex<Option<(Instant, Duration)>>>);
+
+impl Moves {
+    /// True when the session may be given up: it was kept long enough.
+    fn may(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let keep = match *last {
+            Some((moved, keep)) if moved.elapsed() < keep => return false,
+            // One that fared well for longer met a fault of its own.
+            Some((moved, keep)) if moved.elapsed() < 4 * keep => (2 * keep).min(KEPT_MAX),
+            _ => KEPT_MIN,
+        };
+        *last = Some((Instant::now(), keep));
+        true
+    }
+}
+
+/// How a session fares with what it publishes.
+#[derive(Debug)]
+struct Declines {
+    in_a_row: u32,
+    moves: Moves,
+}
+
+impl Declines {
+    fn new(moves: Moves) -> Self {
+        Self { in_a_row: 0, moves }
+    }
+
+    fn taken(&mut self) {
+        self.in_a_row = 0;
+    }
+
+    /// Notes that the broker declined one. True when the session is to be given up for it.
+    fn declined(&mut self) -> bool {
+        self.in_a_row += 1;
+        self.in_a_row >= DECLINED_MAX && self.moves.may()
+    }
+}
 
 /// A handle to the task that owns the publishing channel.
 #[derive(Clone, Debug)]
@@ -340,7 +394,7 @@ impl UnderWay<'_> {
                     let reason = format!("the broker declined a message after {waited:?}");
                     self.line.life.end(reason);
                 }
-                if self.declines.declined(&to, self.proven) {
+                if self.declines.declined() {
                     let reason = format!("the broker declined {DECLINED_MAX} messages in a row");
                     self.line.life.end(reason);
                 }
@@ -404,5 +458,44 @@ async fn failed(life: &Life, key: &Key, error: &lapin::Error) -> SendError {
             SendError::Refused(plain(error))
         }
         _ => SendError::Unknown(plain(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_is_given_up_when_many_are_declined_in_a_row_but_not_one_after_the_other() {
+        let moves = Moves::default();
+        let in_a_row = |declines: &mut Declines, count: u32| {
+            (0..count).filter(|_| declines.declined()).count()
+        };
+        let mut first = Declines::new(moves.clone());
+        for _ in 0..10 {
+            assert_eq!(in_a_row(&mut first, DECLINED_MAX - 1), 0);
+            first.taken();
+        }
+        assert_eq!(in_a_row(&mut first, DECLINED_MAX), 1);
+        let mut second = Declines::new(moves);
+        assert_eq!(
+            in_a_row(&mut second, 1000),
+            0,
+            "a queue that is full is full for every session"
+        );
+        advance(KEPT_MIN).await;
+        assert_eq!(in_a_row(&mut second, 1), 1);
+        let mut given_up = 0;
+        for _ in 0..600 {
+            advance(Duration::from_secs(1)).await;
+            given_up += in_a_row(&mut second, 1);
+        }
+        assert!((20..=24).contains(&given_up), "each is kept longer, up to a bound: {given_up}");
+        advance(4 * KEPT_MAX).await;
+        assert_eq!(in_a_row(&mut second, 1), 1);
+        advance(KEPT_MIN).await;
+        assert_eq!(in_a_row(&mut second, 1), 1, "that is forgotten after a while");
     }
 }

@@ -38,8 +38,7 @@ use crate::{
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window, gathered_max},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
-    moves::Moves,
-    publisher::{Publisher, Via},
+    publisher::{Moves, Publisher, Via},
     server::Server,
     topology::{Topology, TopologyMode},
     watchdog::Watchdog,
@@ -402,8 +401,7 @@ impl Session for RabbitSession {
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
         let (channel, consumer) = self.consume(&queue, prefetch).await?;
         let gone = Arc::<AtomicU64>::default();
-        let (id, settler_gone) =
-            self.add_lane(&channel, &queue, gathered_max(prefetch), Arc::clone(&gone), None);
+        let (id, settler_gone) = self.add_lane(&channel, &queue, gathered_max(prefetch), Arc::clone(&gone), None);
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
