@@ -401,7 +401,8 @@ impl Session for RabbitSession {
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
         let (channel, consumer) = self.consume(&queue, prefetch).await?;
         let gone = Arc::<AtomicU64>::default();
-        let (id, settler_gone) = self.add_lane(&channel, &queue, gathered_max(prefetch), Arc::clone(&gone), None);
+        let (id, settler_gone) =
+            self.add_lane(&channel, &queue, gathered_max(prefetch), Arc::clone(&gone), None);
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
