@@ -14,7 +14,7 @@ use std::{
 
 use atomizer::{AtomId, Payload, prelude::*};
 use atomizer_rabbitmq::RabbitMq;
-use atomizer_test_support::{Cluster, Depth, Vhost};
+use atomizer_test_support::{BrokerError, Cluster, Depth, Vhost};
 use tokio::task::{JoinSet, spawn_blocking};
 
 const AGENTS: u64 = 3;
@@ -186,11 +186,11 @@ fn is_inbox(queue: &str) -> bool {
     queue.starts_with("atomizer.inbox.")
 }
 
-/// The queues that hold something, but for inboxes. A queue may be without a leader for a moment.
-fn held(vhost: &Vhost) -> Option<Vec<(String, Depth)>> {
-    let mut depths = vhost.depths().ok()?;
+/// The queues that hold something, but for inboxes. A queue may be without a leader for a moment: an error then.
+fn held(vhost: &Vhost) -> Result<Vec<(String, Depth)>, BrokerError> {
+    let mut depths = vhost.depths()?;
     depths.retain(|(name, depth)| !is_inbox(name) && *depth != Depth::default());
-    Some(depths)
+    Ok(depths)
 }
 
 /// Asks at least so many questions, while at least so many brokers are killed.
@@ -244,7 +244,7 @@ async fn chaos(electrons: u64, broker_kills: u64) {
         // What is parked comes back within seconds, and is worked at again.
         loop {
             let held = held(&vhost);
-            if held.as_ref().is_some_and(Vec::is_empty) {
+            if held.as_ref().is_ok_and(Vec::is_empty) {
                 break;
             }
             assert!(Instant::now() < deadline, "there is something left: {held:?}");
