@@ -30,7 +30,7 @@ impl Inboxes {
         if !topology.is_inbox_there(connection, node).await? {
             self.lost().insert(node.clone());
         }
-        topology.declare_inbox(connection, node).await
+        topology.declare_inbox(connection, &topology.inbox_queue(node)).await
     }
 
     /// Whether the inbox of a node was lost, and what was sent to it: told once.

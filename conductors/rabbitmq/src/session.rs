@@ -4,7 +4,10 @@ use std::{
     collections::HashSet,
     fmt,
     num::NonZeroUsize,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -44,6 +47,11 @@ use crate::{
     watchdog::Watchdog,
 };
 
+/// How often in a row the inbox may keep silent: a new leader may be about to be elected.
+const SILENCES_MAX: u32 = 2;
+/// How long deleting a queue without a leader may take: a broker asks each of its members first, for 5 s.
+const LEADERLESS_DELETE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// What all sessions of a conductor are to be like.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
@@ -72,6 +80,8 @@ pub(crate) struct RabbitSession {
     /// The way to park, and the lane of what is parked, once something was.
     lease: AsyncMutex<Option<(Arc<Lease>, LaneId)>>,
     life: Life,
+    /// How often in a row the broker had nothing to say when the inbox was to be consumed.
+    inbox_silences: AtomicU32,
     /// Atoms whose queue was declared through this session.
     declared: Mutex<HashSet<AtomId>>,
     /// Held while queues are declared: a thousand sends at once are not to declare the same queue a thousand times.
@@ -136,6 +146,7 @@ impl RabbitSession {
             leases: Leases::new(),
             lease: AsyncMutex::default(),
             life,
+            inbox_silences: AtomicU32::new(0),
             declared: Mutex::default(),
             declaring: AsyncMutex::default(),
             tasks: Mutex::new(tasks),
@@ -192,11 +203,12 @@ impl RabbitSession {
         }
     }
 
+    /// Begins to consume; nothing when the broker has nothing to say to that, as with a queue without a leader.
     async fn consume(
         &self,
         queue: &str,
         prefetch: u16,
-    ) -> Result<(Channel, Consumer), SessionError> {
+    ) -> Result<Option<(Channel, Consumer)>, SessionError> {
         let channel = self.life.bound(REQUEST_TIMEOUT, self.consuming.create_channel()).await?;
         let runtime = Handle::current();
         let mut unused = Unused { session: self, channel: Some(channel.clone()), runtime };
@@ -206,9 +218,48 @@ impl RabbitSession {
             let tag = self.node.as_str().into();
             channel.basic_consume(queue.into(), tag, options, FieldTable::default()).await
         };
-        let consumer = self.life.bound(REQUEST_TIMEOUT, consuming).await?;
-        unused.channel = None;
-        Ok((channel, consumer))
+        let answered = async { timeout(REQUEST_TIMEOUT, consuming).await.ok().transpose() };
+        let consumer = self.life.bound(Duration::MAX, answered).await?;
+        Ok(consumer.map(|consumer| {
+            unused.channel = None;
+            (channel, consumer)
+        }))
+    }
+
+    /// Gets over an inbox that has no leader and gets none. Once it has said nothing twice, while another queue does
+    /// answer, it is deleted, and the session ends: the next one makes it anew, and what was asked is asked again.
+    async fn inbox_is_silent(&self) -> SessionError {
+        let inbox = self.topology.inbox_queue(&self.node);
+        if self.inbox_silences.fetch_add(1, Ordering::Relaxed) + 1 < SILENCES_MAX {
+            return silent(&inbox);
+        }
+        self.inbox_silences.store(0, Ordering::Relaxed);
+        // Where too few brokers are left for any queue, this one has a leader when they are back.
+        if let Err(error) = self.try_another_inbox().await {
+            return error;
+        }
+        tracing::warn!(inbox, "an inbox without a leader is deleted, and made anew");
+        let delete = async |channel: &Channel| {
+            channel.queue_delete(inbox.as_str().into(), QueueDeleteOptions::default()).await
+        };
+        let deleting = on_own_channel(&self.publishing, delete);
+        let outcome = self.life.bound(LEADERLESS_DELETE_TIMEOUT, deleting).await;
+        let error = outcome.map_or_else(
+            |error| error,
+            |_| SessionError::lost(format!("{inbox} had no leader, and was deleted")),
+        );
+        self.life.end_with(error.clone());
+        error
+    }
+
+    /// Makes a queue that is like the inbox and consumes it, and removes it again.
+    async fn try_another_inbox(&self) -> Result<(), SessionError> {
+        let name = self.topology.trial_queue(&self.node, self.epoch);
+        let declaring = self.topology.declare_inbox(&self.consuming, &name);
+        self.life.bound(REQUEST_TIMEOUT, declaring).await?;
+        let consumed = self.consume(&name, 1).await?.map(drop);
+        delete(&self.publishing, &name).await;
+        consumed.ok_or_else(|| silent(&name))
     }
 
     /// Runs a task for as long as the session is there.
@@ -303,8 +354,12 @@ impl RabbitSession {
         let declare = async |channel: &Channel| self.topology.declare_lease(channel, &name).await;
         self.declarer.declare(declare).await?;
         let consuming = self.consume(&name, PARKED_MAX).await;
-        let (channel, consumer) =
-            consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
+        let consuming = consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
+        let Some((channel, consumer)) = consuming else {
+            // That of the next session has another name.
+            self.life.end_with(silent(&name));
+            return Err(SendError::Unknown(silent(&name).to_string()));
+        };
         let lease = Lease::new(Arc::clone(&self.leases), &name);
         let held = Held::new(Arc::clone(&lease), self.limits().hold_max);
         let (id, settler_gone) = self.add_lane(&channel, &name, 1, Arc::default(), Some(held));
@@ -365,6 +420,14 @@ async fn delete(connection: &Connection, queue: &str) {
     }
 }
 
+/// Says what it may mean that a queue cannot be consumed.
+fn silent(queue: &str) -> SessionError {
+    SessionError::lost(format!(
+        "{queue} did not answer within {REQUEST_TIMEOUT:?}; if that goes on it is without a leader, and docs/failures.md \
+         says what to do"
+    ))
+}
+
 fn channel_ended() -> SettleError {
     SettleError::Unknown(SessionError::lost("the channel ended"))
 }
@@ -390,16 +453,22 @@ impl Session for RabbitSession {
                 (self.topology.atom_queue(&atom), Some(atom))
             }
             Source::Inbox => {
+                let inbox = self.topology.inbox_queue(&self.node);
                 // It may have been deleted, or have expired, since the session began.
                 let inboxes = &self.options.inboxes;
                 let making = inboxes.make(&self.topology, &self.consuming, &self.node);
                 self.life.bound(REQUEST_TIMEOUT, making).await?;
-                (self.topology.inbox_queue(&self.node), None)
+                (inbox, None)
             }
             other => return Err(SessionError::lost(format!("{other:?} is not supported"))),
         };
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
-        let (channel, consumer) = self.consume(&queue, prefetch).await?;
+        let Some((channel, consumer)) = self.consume(&queue, prefetch).await? else {
+            return Err(if atom.is_some() { silent(&queue) } else { self.inbox_is_silent().await });
+        };
+        if atom.is_none() {
+            self.inbox_silences.store(0, Ordering::Relaxed);
+        }
         let gone = Arc::<AtomicU64>::default();
         let (id, settler_gone) =
             self.add_lane(&channel, &queue, gathered_max(prefetch), Arc::clone(&gone), None);

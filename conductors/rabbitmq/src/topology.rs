@@ -94,6 +94,11 @@ impl Topology {
         format!("{}.inbox.{node}", self.namespace)
     }
 
+    /// The name of a queue that is like an inbox: of one session, which tries with it whether another inbox would do.
+    pub(crate) fn trial_queue(&self, node: &NodeId, epoch: Epoch) -> String {
+        format!("{}.{epoch:?}", self.inbox_queue(node))
+    }
+
     /// The name of the lease queue of one session, and of the exchange before it.
     ///
     /// Of a session and not of a node: the broker may take a while to see that an earlier session of the node
@@ -168,15 +173,15 @@ impl Topology {
         Ok(found(on_own_channel(connection, look).await)?.is_some())
     }
 
-    /// Declares the inbox of a node.
+    /// Declares the inbox of a node, or a queue that is like it.
     pub(crate) async fn declare_inbox(
         &self,
         connection: &Connection,
-        node: &NodeId,
+        name: &str,
     ) -> lapin::Result<()> {
         let mut inbox = quorum();
         inbox.insert("x-expires".into(), milliseconds(INBOX_EXPIRES));
-        declare_queue(connection, &self.inbox_queue(node), inbox).await
+        declare_queue(connection, name, inbox).await
     }
 
     /// Declares a lease queue and the exchange before it.

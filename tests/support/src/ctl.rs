@@ -73,8 +73,9 @@ impl Ctl {
         })
     }
 
-    /// Asks all queues of a virtual host how much they hold, as [`depth`](Self::depth) does one.
-    pub(crate) fn depths(&self, vhost: &str) -> Result<Vec<(String, Depth)>, BrokerError> {
+    /// Asks all queues of a virtual host how much they hold, as [`depth`](Self::depth) does one; a queue without a
+    /// leader cannot tell.
+    pub(crate) fn depths(&self, vhost: &str) -> Result<Vec<(String, Option<Depth>)>, BrokerError> {
         let program = format!(
             "{DEPTH} lists:foreach(
                 fun(Q) ->
@@ -89,12 +90,16 @@ impl Ctl {
         let lines = answer.lines().filter(|line| *line != "ok");
         let depth = |line: &str| {
             let (name, depth) = line.split_once(' ')?;
-            Some((name.to_owned(), parse_depth(depth)?))
+            let depth = if depth == LEADERLESS { None } else { Some(parse_depth(depth)?) };
+            Some((name.to_owned(), depth))
         };
         let depths: Option<_> = lines.map(depth).collect();
         depths.ok_or(BrokerError::Unexpected { what: "the depths of queues", text: answer })
     }
 }
+
+/// What [`DEPTH`] says of a quorum queue without a leader.
+const LEADERLESS: &str = "leaderless";
 
 /// Tells how much a queue holds. From 4.3 on a queue takes no function of ours to carry out, only the name of one of
 /// its own; before, that would have been the end of it.
@@ -102,12 +107,15 @@ const DEPTH: &str = "Depth = fun(Q) ->
     case amqqueue:get_type(Q) of
         rabbit_quorum_queue ->
             At = amqqueue:get_pid(Q),
-            {ok, {_, O}, _} =
+            Answer =
                 try ra:leader_query(At, fun rabbit_fifo:overview/1)
                 catch error:function_clause ->
                     ra:leader_query(At, {rabbit_fifo, overview, []})
                 end,
-            {maps:get(num_ready_messages, O), maps:get(num_checked_out, O)};
+            case Answer of
+                {ok, {_, O}, _} -> {maps:get(num_ready_messages, O), maps:get(num_checked_out, O)};
+                _ -> leaderless
+            end;
         _ ->
             [{_, R}, {_, U}] = rabbit_amqqueue:info(Q, [messages_ready, messages_unacknowledged]),
             {R, U}

@@ -190,12 +190,12 @@ impl Vhost {
     }
 
     /// Returns how much each of its queues holds at this moment, as
-    /// [`queue_depth`](Self::queue_depth) does for one, in one call.
+    /// [`queue_depth`](Self::queue_depth) does for one, in one call; `None` for a quorum queue without a leader.
     ///
     /// # Errors
     ///
-    /// When `rabbitmqctl` fails, as for a quorum queue without a leader.
-    pub fn depths(&self) -> Result<Vec<(String, Depth)>, BrokerError> {
+    /// When `rabbitmqctl` fails.
+    pub fn depths(&self) -> Result<Vec<(String, Option<Depth>)>, BrokerError> {
         self.node.ctl_of().depths(&self.name)
     }
 

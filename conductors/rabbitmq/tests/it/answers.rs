@@ -7,7 +7,10 @@ use atomizer_test_support::{Proxy, Vhost};
 use serde_json::json;
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::support::{blocking, delete_queue, rabbit, soon, until, until_it_holds, vhost};
+use crate::support::{
+    blocking, delete_queue, lose_leader, rabbit, says_that_it_has_no_leader, soon, until,
+    until_it_holds, vhost,
+};
 
 /// Answers when it may.
 struct Gate(Arc<Semaphore>);
@@ -211,4 +214,21 @@ async fn what_is_asked_again_is_not_held_up_by_a_full_queue() {
     until(&mut asking, |kind| matches!(kind, EventKind::AskedAgain { electrons: ALL })).await;
     scene.all_resolve().await;
     stuck.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_asker_whose_inbox_has_no_leader_any_more_makes_it_anew_and_asks_again() {
+    let scene = Scene::new().await;
+    let mut asking = scene.asker.events();
+    scene.proxy.refuse(true);
+    scene.proxy.cut();
+    until(&mut asking, |kind| matches!(kind, EventKind::SessionLost { .. })).await;
+    let inbox = scene.inbox();
+    lose_leader(&scene.vhost, &inbox).await;
+    scene.proxy.refuse(false);
+    until(&mut asking, |kind| says_that_it_has_no_leader(kind, &inbox)).await;
+    until(&mut asking, |kind| matches!(kind, EventKind::AskedAgain { electrons: CALLS })).await;
+    // What runs is adopted, and answered to the inbox that is there now.
+    scene.answer(scene.worker.events(), false).await;
+    scene.all_resolve().await;
 }

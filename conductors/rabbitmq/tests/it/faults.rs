@@ -16,7 +16,8 @@ use atomizer_test_support::{Broker, Proxy};
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use crate::support::{
-    Double, blocking, delete_queue, impatient, rabbit, serve, soon, until, vhost,
+    Double, blocking, delete_queue, impatient, lose_leader, rabbit, says_that_it_has_no_leader,
+    serve, soon, until, vhost,
 };
 
 /// Asks for the doubles of so many numbers at once.
@@ -105,6 +106,28 @@ async fn connections_that_are_cut_lose_nothing() {
     let cut = Arc::clone(&proxy);
     survive(asker, worker, move || cut.cut()).await;
     blocking(move || drop((vhost, proxy))).await;
+}
+
+/// RabbitMQ leaves such a queue behind when brokers are lost while they make it. What could be in it is the operator's
+/// to give up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_without_a_leader_is_named_and_served_again_once_it_was_deleted() {
+    let vhost = Arc::new(vhost().await);
+    let queue = "atomizer.atom.double";
+    let before = serve(&vhost.url()).await;
+    before.drain().await.unwrap();
+    lose_leader(&vhost, queue).await;
+    let worker = serve(&vhost.url()).await;
+    let mut events = worker.events();
+    until(&mut events, |kind| says_that_it_has_no_leader(kind, queue)).await;
+    delete_queue(&vhost, queue).await;
+    let served = |kind: &EventKind| matches!(kind, EventKind::Subscribed { atom: Some(_) });
+    until(&mut events, served).await;
+    let asker = asker(&vhost.url()).await;
+    all_answered(ask(&asker, 0..10)).await;
+    asker.drain().await.unwrap();
+    worker.drain().await.unwrap();
+    blocking(move || drop(vhost)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,26 @@ pub(crate) async fn delete_queue(vhost: &Arc<Vhost>, queue: &str) {
     blocking(move || vhost.node().manage("DELETE", &path, None).unwrap()).await;
 }
 
+/// Leaves a queue as RabbitMQ does when brokers are lost while they make it: its members are there, each is new, and
+/// none of them stands for election, ever.
+pub(crate) async fn lose_leader(vhost: &Arc<Vhost>, queue: &str) {
+    let expression = format!(
+        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>)),
+         {{Name, _}} = amqqueue:get_pid(Q),
+         ok = ra:force_delete_server(quorum_queues, {{Name, node()}}),
+         {{[_], []}} = rabbit_quorum_queue:recover(<<\"{vhost}\">>, [Q]).",
+        vhost = vhost.name()
+    );
+    let vhost = Arc::clone(vhost);
+    blocking(move || vhost.node().ctl(&["eval", &expression]).unwrap()).await;
+}
+
+/// Whether a node tells its operator what is the matter with a queue.
+pub(crate) fn says_that_it_has_no_leader(kind: &EventKind, queue: &str) -> bool {
+    let EventKind::SubscriptionLost { error, .. } = kind else { return false };
+    [queue, "without a leader", "docs/failures.md"].iter().all(|part| error.contains(part))
+}
+
 /// Waits until so many messages are in a queue, taken or not.
 pub(crate) async fn until_it_holds(vhost: &Arc<Vhost>, queue: &'static str, messages: u64) {
     soon(async {
