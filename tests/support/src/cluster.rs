@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::broker::Broker;
 use crate::error::BrokerError;
@@ -17,6 +17,8 @@ use crate::settings::{Ports, cookie};
 
 /// How many brokers a cluster has: the fewest of which one may be lost.
 const BROKERS: usize = 3;
+/// How long a broker that has paused itself may take to begin again.
+const WHOLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// How long it takes at the most until a broker knows that another is out of reach: three quarters of it to five
 /// quarters.
@@ -217,7 +219,14 @@ impl Cluster {
     /// When they do not within a minute.
     pub fn wait_whole(&self) -> Result<(), BrokerError> {
         let whole = ["await_online_nodes", &BROKERS.to_string()];
-        self.brokers.iter().try_for_each(|broker| broker.ctl(&whole).map(drop))
+        self.brokers.iter().try_for_each(|broker| {
+            // One that has paused itself begins again some time after it sees the others, and cannot be asked before.
+            let deadline = Instant::now() + WHOLE_WITHIN;
+            while broker.ctl(&["eval", "rabbit:is_running()."])?.trim() != "true"
+                && Instant::now() < deadline
+            {}
+            broker.ctl(&whole).map(drop)
+        })
     }
 }
 
