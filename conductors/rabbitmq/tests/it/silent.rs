@@ -240,22 +240,11 @@ async fn a_full_queue_slows_the_sender_and_loses_nothing() {
     blocking(move || limited.node().manage("PUT", &path, Some(&policy)).unwrap()).await;
     let sender = serve_nothing(&vhost.url()).await;
     let mut events = sender.events();
-    let mut sending = JoinSet::new();
-    for number in 0..SENT {
-        let sender = sender.clone();
-        sending.spawn(async move { sender.send::<Double>(number).await });
-    }
+    let mut asking = JoinSet::new();
+    let asker = sender.clone();
+    asking.spawn(async move { ask(&asker, 0..SENT).await });
     let worker = serve(&vhost.url()).await;
-    let mut working = worker.events();
-    let all = async {
-        for _ in 0..SENT {
-            until(&mut working, |kind| matches!(kind, EventKind::Completed { .. })).await;
-        }
-    };
-    all.await;
-    for sent in soon(sending.join_all()).await {
-        sent.unwrap();
-    }
+    asking.join_next().await.unwrap().unwrap();
     sender.drain().await.unwrap();
     worker.drain().await.unwrap();
     drop(sender);
