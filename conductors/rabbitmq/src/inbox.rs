@@ -1,4 +1,5 @@
-//! Inboxes that were not there any more, and are made anew.
+//! Inboxes that were not there any more, and are made anew; and the queues by which it is found out whether one would
+//! be any better.
 
 use std::{
     collections::HashSet,
@@ -10,13 +11,21 @@ use lapin::Connection;
 
 use crate::topology::Topology;
 
-/// The nodes whose inbox was lost, until they are told; shared by all sessions of a conductor, for the one that made
-/// it anew may end before anyone takes from it.
+/// What is known of inboxes; shared by all sessions of a conductor, for the one that found it out may end before
+/// anything is done about it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Inboxes(Arc<Mutex<HashSet<NodeId>>>);
+pub(crate) struct Inboxes(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The nodes whose inbox was lost, until they are told.
+    lost: HashSet<NodeId>,
+    /// Queues that were made to try them, until they are deleted.
+    trials: HashSet<String>,
+}
 
 impl Inboxes {
-    fn lost(&self) -> MutexGuard<'_, HashSet<NodeId>> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -28,13 +37,26 @@ impl Inboxes {
         node: &NodeId,
     ) -> lapin::Result<()> {
         if !topology.is_inbox_there(connection, node).await? {
-            self.lost().insert(node.clone());
+            self.known().lost.insert(node.clone());
         }
         topology.declare_inbox(connection, &topology.inbox_queue(node)).await
     }
 
     /// Whether the inbox of a node was lost, and what was sent to it: told once.
     pub(crate) fn take_lost(&self, node: &NodeId) -> bool {
-        self.lost().remove(node)
+        self.known().lost.remove(node)
+    }
+    /// Notes that a queue is about to be made only to try it.
+    pub(crate) fn tries(&self, queue: &str) {
+        self.known().trials.insert(queue.to_owned());
+    }
+
+    pub(crate) fn tried(&self, queue: &str) {
+        self.known().trials.remove(queue);
+    }
+
+    /// The queues that were tried and may be there still.
+    pub(crate) fn trials(&self) -> Vec<String> {
+        self.known().trials.iter().cloned().collect()
     }
 }

@@ -239,14 +239,9 @@ impl RabbitSession {
             return error;
         }
         tracing::warn!(inbox, "an inbox without a leader is deleted, and made anew");
-        let delete = async |channel: &Channel| {
-            channel.queue_delete(inbox.as_str().into(), QueueDeleteOptions::default()).await
-        };
-        let deleting = on_own_channel(&self.publishing, delete);
-        let outcome = self.life.bound(LEADERLESS_DELETE_TIMEOUT, deleting).await;
-        let error = outcome.map_or_else(
+        let error = self.delete_leaderless(inbox.clone()).await.map_or_else(
             |error| error,
-            |_| SessionError::lost(format!("{inbox} had no leader, and was deleted")),
+            |()| SessionError::lost(format!("{inbox} had no leader, and was deleted")),
         );
         self.life.end_with(error.clone());
         error
@@ -255,11 +250,38 @@ impl RabbitSession {
     /// Makes a queue that is like the inbox and consumes it, and removes it again.
     async fn try_another_inbox(&self) -> Result<(), SessionError> {
         let name = self.topology.trial_queue(&self.node, self.epoch);
+        self.options.inboxes.tries(&name);
         let declaring = self.topology.declare_inbox(&self.consuming, &name);
         self.life.bound(REQUEST_TIMEOUT, declaring).await?;
-        let consumed = self.consume(&name, 1).await?.map(drop);
-        delete(&self.publishing, &name).await;
-        consumed.ok_or_else(|| silent(&name))
+        let consumed = self.consume(&name, 1).await;
+        self.delete_trial(name.clone()).await;
+        consumed?.map(drop).ok_or_else(|| silent(&name))
+    }
+
+    /// Deletes a queue that was made only to try it, or leaves that to the next session: it may have no leader
+    /// either, and would then be there for ever.
+    fn delete_trial(&self, name: String) -> impl Future<Output = ()> + Send + 'static {
+        let (inboxes, deleting) =
+            (self.options.inboxes.clone(), self.delete_leaderless(name.clone()));
+        async move {
+            if deleting.await.is_ok() {
+                inboxes.tried(&name);
+            }
+        }
+    }
+
+    fn delete_leaderless(
+        &self,
+        queue: String,
+    ) -> impl Future<Output = Result<(), SessionError>> + Send + 'static {
+        let (life, publishing) = (self.life.clone(), Arc::clone(&self.publishing));
+        async move {
+            let delete = async |channel: &Channel| {
+                channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await
+            };
+            let deleting = on_own_channel(&publishing, delete);
+            life.bound(LEADERLESS_DELETE_TIMEOUT, deleting).await.map(drop)
+        }
     }
 
     /// Runs a task for as long as the session is there.
@@ -468,6 +490,9 @@ impl Session for RabbitSession {
         };
         if atom.is_none() {
             self.inbox_silences.store(0, Ordering::Relaxed);
+            for trial in self.options.inboxes.trials() {
+                self.spawn(self.delete_trial(trial));
+            }
         }
         let gone = Arc::<AtomicU64>::default();
         let (id, settler_gone) =
