@@ -228,6 +228,11 @@ async fn an_asker_whose_inbox_has_no_leader_any_more_makes_it_anew_and_asks_agai
     scene.proxy.refuse(false);
     until(&mut asking, |kind| says_that_it_has_no_leader(kind, &inbox)).await;
     until(&mut asking, |kind| matches!(kind, EventKind::AskedAgain { electrons: CALLS })).await;
+    // The queue by which it tried whether another would do is gone.
+    let vhost = Arc::clone(&scene.vhost);
+    let queues = blocking(move || vhost.queues().unwrap()).await;
+    let trials = queues.iter().filter(|queue| queue.name.starts_with(&format!("{inbox}.")));
+    assert_eq!(trials.count(), 0, "{queues:?}");
     // What runs is adopted, and answered to the inbox that is there now.
     scene.answer(scene.worker.events(), false).await;
     scene.all_resolve().await;
