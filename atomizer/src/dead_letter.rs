@@ -67,7 +67,7 @@ pub struct BrokerDeath {
 impl DeadLetter {
     /// Reads a dead letter. A broker that moved it there by itself says so in its own way.
     #[must_use]
-    pub fn from_wire(wire: Wire, death: Option<BrokerDeath>) -> Self {
+    pub fn from_wire(wire: &Wire, death: Option<BrokerDeath>) -> Self {
         let text = |name: &str| wire.headers.get(name).and_then(Value::as_str).map(str::to_owned);
         let atom = text(header::DEAD_ATOM).and_then(|atom| AtomId::try_new(atom).ok());
         let at = text(header::DEAD_AT).and_then(|at| humantime::parse_rfc3339(&at).ok());
@@ -76,7 +76,7 @@ impl DeadLetter {
             let (word, queue) = (text(header::DEAD_REASON)?, text(header::DEAD_QUEUE)?);
             Some(BrokerDeath { word, queue, atom: atom.clone(), at })
         });
-        let id = LetterId::of(&wire);
+        let id = LetterId::of(wire);
         let payload_bytes = wire.body.len();
         let atom = atom.or_else(|| death.as_ref().and_then(|death| death.atom.clone()));
         let message = Message::from_wire(wire, atom.as_ref());
@@ -329,7 +329,7 @@ mod tests {
     }
 
     fn read(electron: Electron) -> DeadLetter {
-        DeadLetter::from_wire(Wire::from(Message::from(electron)), None)
+        DeadLetter::from_wire(&Wire::from(Message::from(electron)), None)
     }
 
     #[test]
@@ -376,7 +376,7 @@ mod tests {
             at: UNIX_EPOCH.checked_add(Duration::from_secs(7)),
         };
         let wire = Wire::from(Message::from(electron()));
-        let letter = DeadLetter::from_wire(wire, Some(death));
+        let letter = DeadLetter::from_wire(&wire, Some(death));
         assert_eq!(letter.reason.to_string(), "delivery_limit in atomizer.atom.bill");
         assert_eq!(letter.died_at, UNIX_EPOCH.checked_add(Duration::from_secs(7)));
         let revived = letter.revive().unwrap();
@@ -388,15 +388,15 @@ mod tests {
     fn what_says_no_id_is_named_after_what_it_is() {
         let kind = Some("positron".to_owned());
         let mut wire = Wire { kind, body: "whatever".into(), ..Wire::default() };
-        let letter = DeadLetter::from_wire(wire.clone(), None);
+        let letter = DeadLetter::from_wire(&wire, None);
         assert_eq!(letter.reason, Reason::Unreadable);
         assert_eq!(letter.detail, "unknown type \"positron\"");
         assert!(letter.revive().is_none());
         wire.headers.insert(header::DEAD_ATOM.to_owned(), "bill".into());
-        let later = DeadLetter::from_wire(wire.clone(), None);
+        let later = DeadLetter::from_wire(&wire, None);
         assert_eq!((later.id, later.atom), (letter.id, Some(AtomId::from_static("bill"))));
         wire.body = "else".into();
-        assert_ne!(DeadLetter::from_wire(wire, None).id, letter.id);
+        assert_ne!(DeadLetter::from_wire(&wire, None).id, letter.id);
         assert_eq!(letter.id.to_string().parse::<LetterId>().unwrap(), letter.id);
     }
 }

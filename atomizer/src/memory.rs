@@ -68,7 +68,7 @@ impl Memory {
         let broker = self.broker.lock();
         let dead = broker.queues.get(&QueueName::Dead).map(|queue| &queue.ready);
         let wires = dead.into_iter().flatten().map(|stored| Wire::from(stored.message.clone()));
-        wires.map(|wire| DeadLetter::from_wire(wire, None)).collect()
+        wires.map(|wire| DeadLetter::from_wire(&wire, None)).collect()
     }
 
     /// Takes all dead letters out, oldest first.

@@ -5,6 +5,7 @@
 //! module hold it still.
 
 use std::{
+    borrow::Cow,
     fmt::{self, Display},
     str::FromStr,
     sync::Arc,
@@ -147,26 +148,111 @@ impl Wire {
     fn set(&mut self, name: &str, value: impl Display) {
         self.headers.insert(name.to_owned(), Value::String(value.to_string()));
     }
+}
 
-    /// Takes a header of ours out, leaving those that belong to others.
-    fn take<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Option<T>, String> {
-        match self.headers.remove(name) {
-            None => Ok(None),
-            Some(Value::String(text)) => parse(name, &text).map(Some),
-            // Some clients send numbers as numbers.
-            Some(value @ Value::Number(_)) => parse(name, &value.to_string()).map(Some),
-            Some(other) => Err(format!("header {name} is {other}, not text")),
+/// A message as its carrier has it, to be [read](Message::read) in place: most of it is looked at and not kept.
+pub trait Parts {
+    /// See [`Wire::kind`]; the next four likewise.
+    fn kind(&self) -> Option<&str>;
+    /// See [`Wire::id`].
+    fn id(&self) -> Option<&str>;
+    /// See [`Wire::correlation_id`].
+    fn correlation_id(&self) -> Option<&str>;
+    /// See [`Wire::reply_to`].
+    fn reply_to(&self) -> Option<&str>;
+    /// See [`Wire::content_type`].
+    fn content_type(&self) -> Option<&str>;
+    /// Returns a header, if it is there.
+    ///
+    /// # Errors
+    /// What it is, when it is [no text](text).
+    fn header(&self, name: &str) -> Option<Result<Cow<'_, str>, String>>;
+    /// Returns the headers that are to be kept, but for those with these names.
+    fn headers_but(&self, names: &[&str]) -> Extra;
+    /// Returns everything, for a message that cannot be read.
+    fn to_wire(&self, body: Bytes) -> Wire {
+        let text = |text: Option<&str>| text.map(ToOwned::to_owned);
+        Wire {
+            kind: text(self.kind()),
+            id: text(self.id()),
+            correlation_id: text(self.correlation_id()),
+            reply_to: text(self.reply_to()),
+            content_type: text(self.content_type()),
+            headers: self.headers_but(&[]),
+            body,
         }
     }
+}
 
-    fn take_json<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, String> {
-        let Some(json) = self.take::<String>(name)? else { return Ok(None) };
-        serde_json::from_str(&json).map(Some).map_err(|error| format!("{name}: {error}"))
+impl Parts for Wire {
+    fn kind(&self) -> Option<&str> {
+        self.kind.as_deref()
     }
 
-    fn require<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<T, String> {
-        self.take(name)?.ok_or_else(|| format!("header {name} is missing"))
+    fn id(&self) -> Option<&str> {
+        self.id.as_deref()
     }
+
+    fn correlation_id(&self) -> Option<&str> {
+        self.correlation_id.as_deref()
+    }
+
+    fn reply_to(&self) -> Option<&str> {
+        self.reply_to.as_deref()
+    }
+
+    fn content_type(&self) -> Option<&str> {
+        self.content_type.as_deref()
+    }
+
+    fn header(&self, name: &str) -> Option<Result<Cow<'_, str>, String>> {
+        self.headers.get(name).map(text)
+    }
+
+    fn headers_but(&self, names: &[&str]) -> Extra {
+        let kept = self.headers.iter().filter(|(name, _)| !names.contains(&name.as_str()));
+        kept.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+}
+
+/// Returns the text of a header. Some clients send numbers as numbers.
+///
+/// # Errors
+/// What it is, when it is neither.
+pub fn text(value: &Value) -> Result<Cow<'_, str>, String> {
+    match value {
+        Value::String(text) => Ok(text.as_str().into()),
+        Value::Number(number) => Ok(number.to_string().into()),
+        other => Err(other.to_string()),
+    }
+}
+
+/// Reads a header as it is.
+fn read_text<'a>(parts: &'a impl Parts, name: &str) -> Result<Option<Cow<'a, str>>, String> {
+    let text = parts.header(name).transpose();
+    text.map_err(|other| format!("header {name} is {other}, not text"))
+}
+
+fn read<T: FromStr<Err: Display>>(parts: &impl Parts, name: &str) -> Result<Option<T>, String> {
+    read_text(parts, name)?.map(|text| parse(name, &text)).transpose()
+}
+
+fn read_json<T: DeserializeOwned>(parts: &impl Parts, name: &str) -> Result<Option<T>, String> {
+    let Some(json) = read_text(parts, name)? else { return Ok(None) };
+    serde_json::from_str(&json).map(Some).map_err(|error| format!("{name}: {error}"))
+}
+
+/// Takes what was read; an error when it was not there.
+fn require<T>(name: &str, read: Option<T>) -> Result<T, String> {
+    read.ok_or_else(|| format!("header {name} is missing"))
+}
+
+fn atom_id(text: Cow<'_, str>) -> Result<AtomId, String> {
+    AtomId::try_new(text).map_err(|error| error.to_string())
+}
+
+fn node_id(text: Cow<'_, str>) -> Result<NodeId, String> {
+    NodeId::try_new(text).map_err(|error| error.to_string())
 }
 
 fn parse<T: FromStr<Err: Display>>(name: &str, text: &str) -> Result<T, String> {
@@ -288,18 +374,26 @@ impl Message {
     ///
     /// `queue` is the atom whose queue it was found in: senders that are not Atomizer need not name it.
     #[must_use]
-    pub fn from_wire(wire: Wire, queue: Option<&AtomId>) -> Self {
-        let read = match wire.kind.as_deref() {
-            None | Some(ELECTRON) => decode_electron(wire.clone(), queue).map(Self::from),
-            Some(ANSWER) => decode_answer(wire.clone()).map(Self::from),
+    pub fn read(parts: &impl Parts, body: Bytes, queue: Option<&AtomId>) -> Self {
+        let read = match parts.kind() {
+            None | Some(ELECTRON) => decode_electron(parts, &body, queue).map(Self::from),
+            Some(ANSWER) => decode_answer(parts, &body).map(Self::from),
             Some(other) => Err(format!("unknown type {other:?}")),
         };
-        read.unwrap_or_else(|reason| Self::Unreadable(Arc::new(Unreadable { wire, reason })))
+        read.unwrap_or_else(|reason| {
+            Self::Unreadable(Arc::new(Unreadable { wire: parts.to_wire(body), reason }))
+        })
+    }
+
+    /// Reads a message that was taken apart; see [`read`](Self::read).
+    #[must_use]
+    pub fn from_wire(wire: &Wire, queue: Option<&AtomId>) -> Self {
+        Self::read(wire, wire.body.clone(), queue)
     }
 }
 
-fn check_version(wire: &mut Wire) -> Result<(), String> {
-    match wire.take::<u32>(header::VERSION)? {
+fn check_version(parts: &impl Parts) -> Result<(), String> {
+    match read::<u32>(parts, header::VERSION)? {
         Some(version) if version > VERSION => {
             Err(format!("version {version} is newer than {VERSION}, the newest known here"))
         }
@@ -307,73 +401,88 @@ fn check_version(wire: &mut Wire) -> Result<(), String> {
     }
 }
 
-fn decode_electron(mut wire: Wire, queue: Option<&AtomId>) -> Result<Electron, String> {
-    check_version(&mut wire)?;
-    let atom = match wire.take::<String>(header::ATOM)? {
-        Some(atom) => AtomId::try_new(atom).map_err(|error| error.to_string())?,
-        None => queue.cloned().ok_or_else(|| format!("header {} is missing", header::ATOM))?,
+/// What is read of an electron's headers; the others are not ours.
+const OF_ELECTRON: [&str; 12] = [
+    header::VERSION,
+    header::ATOM,
+    header::SENDER,
+    header::PARENT,
+    header::INDEX,
+    header::ATTEMPT,
+    header::LIVES,
+    header::PASSES,
+    header::POLICY,
+    header::TIME_LIMIT_MS,
+    header::DEADLINE_MS,
+    header::HISTORY,
+];
+
+fn decode_electron(
+    parts: &impl Parts,
+    body: &Bytes,
+    queue: Option<&AtomId>,
+) -> Result<Electron, String> {
+    check_version(parts)?;
+    let atom = match (read_text(parts, header::ATOM)?, queue) {
+        (Some(atom), Some(queue)) if atom == queue.as_str() => queue.clone(),
+        (Some(atom), _) => atom_id(atom)?,
+        (None, queue) => require(header::ATOM, queue.cloned())?,
     };
-    let id = match wire.id.take() {
-        Some(id) => parse("id", &id)?,
+    let id = match parts.id() {
+        Some(id) => parse("id", id)?,
         None => ElectronId::new(),
     };
-    let sender = match wire.take::<String>(header::SENDER)? {
-        Some(sender) => Some(NodeId::try_new(sender).map_err(|error| error.to_string())?),
-        None => None,
-    };
-    let index = wire.take(header::INDEX)?.unwrap_or(0);
-    let parent = wire.take(header::PARENT)?.map(|id| Parent { id, index });
-    let history = wire.take_json(header::HISTORY)?.unwrap_or_default();
-    let policy = wire.take_json(header::POLICY)?;
+    let index = read(parts, header::INDEX)?.unwrap_or(0);
     Ok(Electron {
         id,
         atom,
-        reply_to: wire.reply_to.take().map(ReplyTo::new),
-        correlation_id: wire.correlation_id.take(),
-        sender,
-        parent,
-        policy,
-        attempts: wire.take(header::ATTEMPT)?.unwrap_or(0),
-        lives: wire.take(header::LIVES)?.unwrap_or(0),
-        passes: wire.take(header::PASSES)?.unwrap_or(0),
-        time_limit: wire.take(header::TIME_LIMIT_MS)?.map(Duration::from_millis),
-        deadline: wire.take(header::DEADLINE_MS)?.map(Duration::from_millis),
-        history,
-        payload: payload(wire.content_type.as_deref(), wire.body),
-        extra: wire.headers,
+        reply_to: parts.reply_to().map(ReplyTo::new),
+        correlation_id: parts.correlation_id().map(ToOwned::to_owned),
+        sender: read_text(parts, header::SENDER)?.map(node_id).transpose()?,
+        parent: read(parts, header::PARENT)?.map(|id| Parent { id, index }),
+        policy: read_json(parts, header::POLICY)?,
+        attempts: read(parts, header::ATTEMPT)?.unwrap_or(0),
+        lives: read(parts, header::LIVES)?.unwrap_or(0),
+        passes: read(parts, header::PASSES)?.unwrap_or(0),
+        time_limit: read(parts, header::TIME_LIMIT_MS)?.map(Duration::from_millis),
+        deadline: read(parts, header::DEADLINE_MS)?.map(Duration::from_millis),
+        history: read_json(parts, header::HISTORY)?.unwrap_or_default(),
+        payload: payload(parts.content_type(), body.clone()),
+        extra: parts.headers_but(&OF_ELECTRON),
     })
 }
 
-fn decode_answer(mut wire: Wire) -> Result<Properties, String> {
-    check_version(&mut wire)?;
-    let outcome = match wire.require::<String>(header::STATUS)?.as_str() {
-        STATUS_OK => Ok(payload(wire.content_type.as_deref(), wire.body.clone())),
+fn decode_answer(parts: &impl Parts, body: &Bytes) -> Result<Properties, String> {
+    check_version(parts)?;
+    let required = |name: &str| require(name, read_text(parts, name)?);
+    let outcome = match &*required(header::STATUS)? {
+        STATUS_OK => Ok(payload(parts.content_type(), body.clone())),
         STATUS_FAILED => {
             let failure: Failure =
-                serde_json::from_slice(&wire.body).map_err(|error| error.to_string())?;
+                serde_json::from_slice(body).map_err(|error| error.to_string())?;
             Err(failure)
         }
         other => return Err(format!("unknown status {other:?}")),
     };
-    let atom = AtomId::try_new(wire.require::<String>(header::ATOM)?)
-        .map_err(|error| error.to_string())?;
-    let node = NodeId::try_new(wire.require::<String>(header::NODE)?)
-        .map_err(|error| error.to_string())?;
-    let started_at = humantime::parse_rfc3339(&wire.require::<String>(header::STARTED_AT)?)
+    let started_at = humantime::parse_rfc3339(&required(header::STARTED_AT)?)
         .map_err(|error| format!("{}: {error}", header::STARTED_AT))?;
-    let electron: ElectronId = match (wire.take(header::ELECTRON)?, &wire.correlation_id) {
+    let electron: ElectronId = match (read(parts, header::ELECTRON)?, parts.correlation_id()) {
         (Some(electron), _) => electron,
         (None, Some(id)) => parse("correlation_id", id)?,
         (None, None) => return Err(format!("header {} is missing", header::ELECTRON)),
     };
+    let own = parts.correlation_id().filter(|id| *id != electron.to_string());
     Ok(Properties {
         electron,
-        correlation_id: (wire.correlation_id.take()).filter(|id| *id != electron.to_string()),
-        atom,
-        node,
-        attempt: wire.take(header::ATTEMPT)?.unwrap_or(1),
+        correlation_id: own.map(ToOwned::to_owned),
+        atom: atom_id(required(header::ATOM)?)?,
+        node: node_id(required(header::NODE)?)?,
+        attempt: read(parts, header::ATTEMPT)?.unwrap_or(1),
         started_at,
-        duration: Duration::from_micros(wire.require(header::DURATION_US)?),
+        duration: Duration::from_micros(parse(
+            header::DURATION_US,
+            &required(header::DURATION_US)?,
+        )?),
         outcome,
     })
 }

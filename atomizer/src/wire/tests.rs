@@ -114,7 +114,7 @@ fn golden_failure() {
     assert_eq!(wire.body, r#"{"kind":"panic","message":"at the disco","attempt":0}"#);
 }
 
-fn read_electron(wire: Wire, queue: Option<&AtomId>) -> Electron {
+fn read_electron(wire: &Wire, queue: Option<&AtomId>) -> Electron {
     match Message::from_wire(wire, queue) {
         Message::Electron(electron) => Arc::unwrap_or_clone(electron),
         other => panic!("expected an electron, not {other:?}"),
@@ -133,18 +133,18 @@ fn what_is_spelled_out_is_read_as_what_is_left_out() {
         spelled_out.set(name, value);
     }
     for wire in [left_out, spelled_out] {
-        let Message::Answer(read) = Message::from_wire(wire, None) else {
+        let Message::Answer(read) = Message::from_wire(&wire, None) else {
             panic!("expected an answer")
         };
         assert_eq!(*read, answered);
     }
     let mut electron = Wire::from(Message::from(full()));
     electron.set(header::VERSION, 1);
-    assert_eq!(read_electron(electron, None), full());
+    assert_eq!(read_electron(&electron, None), full());
 }
 
 fn reason(wire: &Wire) -> String {
-    match Message::from_wire(wire.clone(), None) {
+    match Message::from_wire(wire, None) {
         Message::Unreadable(unreadable) => {
             assert_eq!(unreadable.wire, *wire, "kept whole");
             unreadable.reason.clone()
@@ -156,11 +156,12 @@ fn reason(wire: &Wire) -> String {
 #[test]
 fn what_is_written_is_read() {
     for electron in [minimal(), full()] {
-        assert_eq!(read_electron(Message::from(electron.clone()).into(), None), electron);
+        assert_eq!(read_electron(&Message::from(electron.clone()).into(), None), electron);
     }
     for outcome in [Ok(Payload::bytes("\u{0}")), Err(Failure::new(FailureKind::Error, "no"))] {
         let written = answer(outcome);
-        let Message::Answer(read) = Message::from_wire(Message::from(written.clone()).into(), None)
+        let Message::Answer(read) =
+            Message::from_wire(&Message::from(written.clone()).into(), None)
         else {
             panic!("expected an answer")
         };
@@ -177,7 +178,7 @@ fn a_sender_that_knows_nothing_of_atomizer_is_understood() {
         body: "21".into(),
         ..Wire::default()
     };
-    let electron = read_electron(wire, Some(&queue));
+    let electron = read_electron(&wire, Some(&queue));
     assert_eq!(electron.atom, queue);
     assert_eq!(electron.payload, Payload::json("21"));
     assert_eq!(electron.correlation_id.as_deref(), Some("17"));
@@ -211,7 +212,7 @@ fn what_cannot_be_read_says_why_and_is_kept_whole() {
 fn a_number_sent_as_a_number_is_read() {
     let mut wire = Wire::from(Message::from(minimal()));
     wire.headers.insert(header::ATTEMPT.into(), json!(4));
-    assert_eq!(read_electron(wire, None).attempts, 4);
+    assert_eq!(read_electron(&wire, None).attempts, 4);
 }
 
 proptest! {
@@ -235,7 +236,7 @@ proptest! {
         electron.history =
             messages.into_iter().map(|text| Failure::new(FailureKind::Error, text)).collect();
         electron.extra = extra.into_iter().map(|(name, text)| (name, Value::from(text))).collect();
-        prop_assert_eq!(read_electron(Message::from(electron.clone()).into(), None), electron);
+        prop_assert_eq!(read_electron(&Message::from(electron.clone()).into(), None), electron);
     }
 
     #[test]
@@ -250,6 +251,6 @@ proptest! {
         body in proptest::collection::vec(any::<u8>(), 0..60),
     ) {
         let headers = headers.into_iter().map(|(name, text)| (name, Value::from(text))).collect();
-        drop(Message::from_wire(Wire { kind, id, headers, body: body.into(), ..Wire::default() }, None));
+        drop(Message::from_wire(&Wire { kind, id, headers, body: body.into(), ..Wire::default() }, None));
     }
 }

@@ -1,8 +1,11 @@
 //! Between Atomizer's wire form and AMQP properties and headers.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
-use atomizer::{SendError, wire::Wire};
+use atomizer::{
+    Extra, SendError,
+    wire::{self, Parts, Wire},
+};
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable, ShortString},
@@ -69,32 +72,54 @@ fn short(text: String) -> Result<ShortString, SendError> {
         .map_err(|_| SendError::TooLarge { bytes, bytes_max: usize::from(u8::MAX) })
 }
 
-/// Reads a message, and how often it was delivered before.
-pub(crate) fn wire(properties: &BasicProperties, redelivered: bool, data: Vec<u8>) -> (Wire, u32) {
-    let text = |text: &Option<ShortString>| text.as_ref().map(ToString::to_string);
-    let mut redeliveries = u32::from(redelivered);
-    let mut headers = BTreeMap::new();
-    for (name, value) in properties.headers().iter().flatten() {
-        if name.as_str() == DELIVERY_COUNT {
-            let count = to_json(value).as_u64().and_then(|count| u32::try_from(count).ok());
-            redeliveries = redeliveries.max(count.unwrap_or_default());
-        }
-        if !is_the_brokers(name.as_str()) {
-            headers.insert(name.to_string(), to_json(value));
-        }
+/// The properties and headers of a message that arrived.
+pub(crate) struct Arrived<'a>(pub(crate) &'a BasicProperties);
+
+impl Parts for Arrived<'_> {
+    fn kind(&self) -> Option<&str> {
+        self.0.kind().as_ref().map(ShortString::as_str)
     }
-    if properties.app_id().as_ref().is_some_and(|mark| mark.as_str().starts_with(PARKED)) {
-        redeliveries = redeliveries.saturating_add(1);
+
+    fn id(&self) -> Option<&str> {
+        self.0.message_id().as_ref().map(ShortString::as_str)
     }
-    let mut wire = Wire::default();
-    wire.kind = text(properties.kind());
-    wire.id = text(properties.message_id());
-    wire.correlation_id = text(properties.correlation_id());
-    wire.reply_to = text(properties.reply_to());
-    wire.content_type = text(properties.content_type());
-    wire.headers = headers;
-    wire.body = data.into();
-    (wire, redeliveries)
+
+    fn correlation_id(&self) -> Option<&str> {
+        self.0.correlation_id().as_ref().map(ShortString::as_str)
+    }
+
+    fn reply_to(&self) -> Option<&str> {
+        self.0.reply_to().as_ref().map(ShortString::as_str)
+    }
+
+    fn content_type(&self) -> Option<&str> {
+        self.0.content_type().as_ref().map(ShortString::as_str)
+    }
+
+    fn header(&self, name: &str) -> Option<Result<Cow<'_, str>, String>> {
+        Some(match self.0.headers().as_ref()?.inner().get(name)? {
+            AMQPValue::LongString(text) => Ok(String::from_utf8_lossy(text.as_bytes())),
+            other => wire::text(&to_json(other)).map(|text| text.into_owned().into()),
+        })
+    }
+
+    fn headers_but(&self, names: &[&str]) -> Extra {
+        let all = self.0.headers().iter().flatten().map(|(name, value)| (name.as_str(), value));
+        all.filter(|(name, _)| !names.contains(name) && !is_the_brokers(name))
+            .map(|(name, value)| (name.to_owned(), to_json(value)))
+            .collect()
+    }
+}
+
+/// Returns how often a message was delivered before.
+pub(crate) fn redeliveries(properties: &BasicProperties, redelivered: bool) -> u32 {
+    let headers = properties.headers().as_ref();
+    let counted = headers.and_then(|headers| headers.inner().get(DELIVERY_COUNT));
+    let counted = counted.and_then(|count| u32::try_from(to_json(count).as_u64()?).ok());
+    let redeliveries = counted.unwrap_or_default().max(redelivered.into());
+    let mark = properties.app_id().as_ref();
+    let was_parked = mark.is_some_and(|mark| mark.as_str().starts_with(PARKED));
+    redeliveries.saturating_add(was_parked.into())
 }
 
 pub(crate) fn is_the_brokers(name: &str) -> bool {
@@ -166,6 +191,7 @@ fn lossy(bytes: &[u8]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use serde_json::json;
 
     use super::*;
@@ -179,9 +205,9 @@ mod tests {
         let headers: BTreeMap<_, _> = headers.as_object().unwrap().clone().into_iter().collect();
         let mut before = Wire::default();
         before.headers.clone_from(&headers);
-        let (after, redeliveries) = wire(&properties(before).unwrap(), false, Vec::new());
-        assert_eq!(after.headers, headers);
-        assert_eq!(redeliveries, 0);
+        let after = properties(before).unwrap();
+        assert_eq!(Arrived(&after).headers_but(&[]), headers);
+        assert_eq!(redeliveries(&after, false), 0);
     }
 
     #[test]
@@ -195,11 +221,11 @@ mod tests {
     #[test]
     fn what_was_parked_was_delivered_before() {
         let parked = BasicProperties::default().with_app_id("atomizer-parked.7".into());
-        let (read, redeliveries) = wire(&parked, false, Vec::new());
-        assert_eq!(redeliveries, 1);
+        assert_eq!(redeliveries(&parked, false), 1);
+        let read = Arrived(&parked).to_wire(Bytes::new());
         assert_eq!(*properties(read).unwrap().app_id(), None, "the mark is not kept");
         let other = BasicProperties::default().with_app_id("billing".into());
-        assert_eq!(wire(&other, false, Vec::new()).1, 0);
+        assert_eq!(redeliveries(&other, false), 0);
     }
 
     #[test]
@@ -212,8 +238,10 @@ mod tests {
             (ShortString::from("x-death-row"), AMQPValue::LongString("kept".into())),
         ]);
         let properties = BasicProperties::default().with_headers(headers.into());
-        let (wire, redeliveries) = wire(&properties, true, Vec::new());
-        assert_eq!(redeliveries, 3);
-        assert_eq!(wire.headers.keys().collect::<Vec<_>>(), ["x-death-row"]);
+        assert_eq!(redeliveries(&properties, true), 3);
+        assert_eq!(
+            Arrived(&properties).headers_but(&[]).keys().collect::<Vec<_>>(),
+            ["x-death-row"]
+        );
     }
 }

@@ -30,7 +30,7 @@ use tokio::{
 use crate::{
     acks::Acks,
     connect::plain,
-    convert,
+    convert::{Arrived, redeliveries},
     lease::{Held, Parked, Renew, Replaced, was_never_sent},
     life::{Life, REQUEST_TIMEOUT},
     publisher::{Publisher, Via},
@@ -511,9 +511,10 @@ impl LaneSubscription {
     fn delivery(&mut self, delivery: lapin::message::Delivery) -> Delivery {
         self.window.delivered += 1;
         let ticket = self.id.ticket(delivery.delivery_tag);
-        let (wire, redeliveries) =
-            convert::wire(&delivery.properties, delivery.redelivered, delivery.data);
-        Delivery::new(Message::from_wire(wire, self.atom.as_ref()), redeliveries, ticket)
+        let redeliveries = redeliveries(&delivery.properties, delivery.redelivered);
+        let parts = Arrived(&delivery.properties);
+        let message = Message::read(&parts, delivery.data.into(), self.atom.as_ref());
+        Delivery::new(message, redeliveries, ticket)
     }
 }
 

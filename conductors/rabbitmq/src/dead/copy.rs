@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use atomizer::{
     AtomId, BrokerDeath, DeadLetter, Message, Reason,
-    wire::{Wire, header, timestamp},
+    wire::{Parts as _, Wire, header, timestamp},
 };
 use bytes::Bytes;
 use lapin::{
@@ -12,7 +12,7 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
-use crate::convert;
+use crate::convert::{self, Arrived, redeliveries};
 
 /// Reads a letter, and how often it was delivered before.
 pub(super) fn read(
@@ -25,8 +25,8 @@ pub(super) fn read(
         death.atom = atom_of(&death.queue);
         death
     });
-    let (wire, deliveries) = convert::wire(properties, redelivered, data);
-    (DeadLetter::from_wire(wire, death), deliveries)
+    let wire = Arrived(properties).to_wire(data.into());
+    (DeadLetter::from_wire(&wire, death), redeliveries(properties, redelivered))
 }
 
 /// What the broker says, if it was the one who moved the message here: the newest entry of `x-death`.
