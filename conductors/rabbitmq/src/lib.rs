@@ -43,6 +43,7 @@
 //! that is in them: filter its target `lapin::returned_messages` out.
 
 mod acks;
+mod aside;
 mod connect;
 mod convert;
 mod dead;
@@ -75,6 +76,7 @@ pub use dead::{Clearing, DeadLetters, DeadLettersError, Listing, Progress, Reque
 pub use topology::TopologyMode;
 pub use url::UrlError;
 
+use aside::Suspects;
 use connect::{Address, Addresses};
 use inbox::Inboxes;
 use publisher::Moves;
@@ -125,6 +127,7 @@ impl RabbitMq {
                     .hold_max(Self::HOLD_MAX),
                 watchdog: watchdog::PERIOD_DEFAULT,
                 moves: Moves::default(),
+                suspects: Suspects::default(),
                 inboxes: Inboxes::default(),
             },
         })

@@ -1,6 +1,7 @@
 //! Publishes: pipelined, confirmed, bounded.
 
 use std::{
+    collections::HashMap,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -23,6 +24,7 @@ use tokio::{
 };
 
 use crate::{
+    aside::{Aside, Destination, Found},
     connect::plain,
     convert,
     declare::refusal,
@@ -37,6 +39,11 @@ use crate::{
 const UNCONFIRMED_MAX: usize = 1024;
 /// How long a confirm may take before the session is given up, unless the broker says that it is blocked.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long no confirm may come for a destination that something waits for, before what goes there is published
+/// aside. When none comes at all, the broker may read no more from the channel: the next session is tried.
+const SILENT_MAX: Duration = Duration::from_secs(4);
+/// For how long of it at the least something has waited.
+const LATE_AFTER: Duration = Duration::from_secs(1);
 /// How often is looked at how long they have taken. A timer for each would cost more than it tells.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the reason may take that a channel is closed.
@@ -128,6 +135,7 @@ struct Command {
 /// One `basic.publish`.
 struct Publication {
     route: Route,
+    destination: Destination,
     to: Address,
     delayed: bool,
     properties: BasicProperties,
@@ -138,13 +146,15 @@ impl Publisher {
     /// Returns the handle, and the task, which ends with the last handle or the session.
     pub(crate) fn new(
         channel: Channel,
+        aside: Aside,
         topology: Topology,
         ladder: Ladder,
         options: &Options,
         life: Life,
     ) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let (commands, wanted) = mpsc::channel(UNCONFIRMED_MAX);
-        let publishing = publish_all(channel, wanted, EndWhenDropped(life), options.moves.clone());
+        let line = Line { channel, aside, life: life.clone() };
+        let publishing = publish_all(line, wanted, EndWhenDropped(life), options.moves.clone());
         let limits = options.limits;
         (Self { commands, topology, ladder: Arc::new(ladder), limits }, publishing)
     }
@@ -187,7 +197,13 @@ impl Publisher {
             Via::Back => properties = properties.with_app_id(convert::PARKED.into()),
         }
         let (to, delayed) = (envelope.to.clone(), !envelope.delay.is_zero());
-        Ok(Publication { route, to, delayed, properties, body })
+        let destination = match via {
+            // One queue, whatever the key is.
+            Via::Lease { .. } => Destination::exchange(route.exchange.as_str()),
+            _ if delayed => Destination::exchange(route.exchange.as_str()),
+            _ => Destination::key(&route),
+        };
+        Ok(Publication { route, destination, to, delayed, properties, body })
     }
 
     async fn route(&self, Envelope { to, delay, .. }: &Envelope) -> Result<Route, SendError> {
@@ -237,17 +253,23 @@ impl Drop for EndWhenDropped {
 
 /// Whether the broker speaks of the exchange of a publish. An error ends the channel, and with it all that is under
 /// way, without saying which of them was at fault.
-fn is_meant_by(key: &Key, error: &lapin::Error) -> bool {
-    let exchange = if key.exchange.is_empty() { "amq.default" } else { &key.exchange };
+fn is_meant_by(exchange: &str, error: &lapin::Error) -> bool {
+    let exchange = if exchange.is_empty() { "amq.default" } else { exchange };
     plain(error).contains(&format!("'{exchange}'"))
 }
 
-/// What was published, and what the broker answered.
-struct Answer {
+/// Where the result of a publish goes.
+#[derive(Clone, Copy)]
+struct Place {
     batch: usize,
     at: usize,
     /// Where its time is counted.
     wait: usize,
+}
+
+/// What was published, and what the broker answered.
+struct Answer {
+    place: Place,
     to: Address,
     delayed: bool,
     answer: Result<Confirmation, SendError>,
@@ -263,7 +285,16 @@ struct Batch {
 /// Where messages are published.
 struct Line {
     channel: Channel,
+    aside: Aside,
     life: Life,
+}
+
+/// A message that is not confirmed yet.
+struct Wait {
+    /// How long, not counted while the broker is blocked.
+    waited: Duration,
+    destination: Destination,
+    aside: bool,
 }
 
 /// What is on its way to the broker.
@@ -274,27 +305,34 @@ struct UnderWay<'a> {
     /// Whether the broker has ever taken a message here.
     proven: bool,
     publishes: FuturesUnordered<BoxFuture<'a, Answered<Answer>>>,
-    /// How long each has waited by now, not counted while the broker is blocked.
-    waited: Slab<Duration>,
+    /// What is published over channels of its own.
+    asides: FuturesUnordered<BoxFuture<'a, Answer>>,
+    /// For how long nothing was confirmed on the channel.
+    silent: Duration,
+    /// The same for each destination for which something is late.
+    silent_there: HashMap<Destination, Duration>,
+    waits: Slab<Wait>,
     batches: Slab<Batch>,
     returns: Returns<Answer>,
 }
 
 /// Keeps as many publishes under way as there are: a client that awaits each in turn spends its time waiting.
 async fn publish_all(
-    channel: Channel,
+    line: Line,
     mut wanted: mpsc::Receiver<Command>,
-    end_when_dropped: EndWhenDropped,
+    _end_when_dropped: EndWhenDropped,
     moves: Moves,
 ) {
-    let line = Line { channel, life: end_when_dropped.0.clone() };
     let mut under_way = UnderWay {
         line: &line,
         declines: Declines::new(moves.clone()),
         moves,
         proven: false,
         publishes: FuturesUnordered::new(),
-        waited: Slab::new(),
+        asides: FuturesUnordered::new(),
+        silent: Duration::ZERO,
+        silent_there: HashMap::new(),
+        waits: Slab::new(),
         batches: Slab::new(),
         returns: Returns::default(),
     };
@@ -304,9 +342,10 @@ async fn publish_all(
     loop {
         tokio::select! {
             biased;
-            _ = looks.tick(), if !under_way.publishes.is_empty() => under_way.look(),
+            _ = looks.tick(), if !under_way.waits.is_empty() => under_way.look(),
             // Before the end: when the session ends, those that are answered are told what the broker said.
             Some(answered) = under_way.publishes.next() => under_way.answered(answered),
+            Some(answer) = under_way.asides.next() => under_way.answered_aside(answer),
             command = wanted.recv(), if under_way.publishes.len() < UNCONFIRMED_MAX => match command {
                 Some(command) => under_way.begin(command),
                 None => break,
@@ -315,8 +354,12 @@ async fn publish_all(
             _ = &mut ended => return,
         }
     }
-    while let Some(answered) = under_way.publishes.next().await {
-        under_way.answered(answered);
+    loop {
+        tokio::select! {
+            Some(answered) = under_way.publishes.next() => under_way.answered(answered),
+            Some(answer) = under_way.asides.next() => under_way.answered_aside(answer),
+            else => return,
+        }
     }
 }
 
@@ -327,27 +370,52 @@ impl UnderWay<'_> {
         let number = self.batches.insert(Batch { results, unanswered, done });
         for (at, prepared) in batch.into_iter().enumerate() {
             let result = prepared.map(|publication| {
-                let wait = self.waited.insert(Duration::ZERO);
-                self.publishes.push(Box::pin(publish(self.line, publication, number, at, wait)));
+                let destination = publication.destination.clone();
+                let found = self.line.aside.suspects.find(&publication.route);
+                let aside = found.is_some();
+                let wait = self.waits.insert(Wait { waited: Duration::ZERO, destination, aside });
+                let place = Place { batch: number, at, wait };
+                match found {
+                    None => self.publishes.push(Box::pin(publish(self.line, publication, place))),
+                    Some(found) => {
+                        let publishing = publish_aside(self.line, publication, place, found);
+                        self.asides.push(Box::pin(publishing));
+                    }
+                }
             });
             self.batches[number].results.push(result);
         }
         self.finish(number);
     }
 
-    /// Gives up the session when a confirm takes too long.
+    /// Finds out what is published aside from now on, and gives up the session when a confirm takes too long.
     fn look(&mut self) {
-        let life = &self.line.life;
+        let Line { life, aside, .. } = self.line;
         if life.is_blocked() {
             return;
         }
         let mut longest = Duration::ZERO;
-        for (_, waited) in &mut self.waited {
-            *waited += LOOK_EVERY;
-            longest = longest.max(*waited);
+        for wait in self.silent_there.values_mut().chain([&mut self.silent]) {
+            *wait += LOOK_EVERY;
         }
-        let hopeless = !self.proven && longest >= FIRST_CONFIRM_TIMEOUT && self.moves.may();
-        if hopeless || longest >= CONFIRM_TIMEOUT {
+        for (_, wait) in &mut self.waits {
+            wait.waited += LOOK_EVERY;
+            longest = longest.max(wait.waited);
+            let is_late = !wait.aside && wait.waited >= LATE_AFTER;
+            if is_late && !self.silent_there.contains_key(&wait.destination) {
+                self.silent_there.insert(wait.destination.clone(), LATE_AFTER);
+            }
+        }
+        let hopeless = !self.proven && longest >= FIRST_CONFIRM_TIMEOUT;
+        let mut stopped = false;
+        for (destination, silent) in &self.silent_there {
+            let is_stuck = *silent >= SILENT_MAX;
+            stopped |= is_stuck && self.silent >= SILENT_MAX;
+            if is_stuck || hopeless {
+                aside.suspects.add(destination.clone());
+            }
+        }
+        if longest >= CONFIRM_TIMEOUT || ((hopeless || stopped) && self.moves.may()) {
             life.end(format!("no confirm within {longest:?}"));
         }
     }
@@ -359,18 +427,31 @@ impl UnderWay<'_> {
             all.push(next);
         }
         for (answer, returned) in self.returns.judge(all) {
-            let (number, at) = (answer.batch, answer.at);
-            let result = self.decide(answer, returned);
-            let batch = &mut self.batches[number];
-            batch.results[at] = result;
-            batch.unanswered -= 1;
-            self.finish(number);
+            self.silent = Duration::ZERO;
+            self.silent_there.remove(&self.waits[answer.place.wait].destination);
+            self.told(answer, returned);
         }
     }
 
+    fn answered_aside(&mut self, answer: Answer) {
+        // There was nothing else on its channel.
+        let returned =
+            matches!(&answer.answer, Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_))));
+        self.told(answer, returned);
+    }
+
+    fn told(&mut self, answer: Answer, returned: bool) {
+        let Place { batch: number, at, .. } = answer.place;
+        let result = self.decide(answer, returned);
+        let batch = &mut self.batches[number];
+        batch.results[at] = result;
+        batch.unanswered -= 1;
+        self.finish(number);
+    }
+
     fn decide(&mut self, answer: Answer, returned: bool) -> Result<(), SendError> {
-        let Answer { to, delayed, wait, answer, .. } = answer;
-        let waited = self.waited.remove(wait);
+        let Answer { to, delayed, place, answer } = answer;
+        let Wait { waited, .. } = self.waits.remove(place.wait);
         let confirmation = answer?;
         if returned {
             // The next session declares again what is missing.
@@ -416,26 +497,16 @@ impl UnderWay<'_> {
     }
 }
 
-async fn publish(
-    Line { channel, life }: &Line,
-    publication: Publication,
-    batch: usize,
-    at: usize,
-    wait: usize,
-) -> Answered<Answer> {
-    let Publication { route, to, delayed, properties, body } = publication;
-    let Route { exchange, key: routing_key } = route;
-    let key = Key::new(exchange.as_str(), routing_key.as_str(), &properties);
-    // Without `mandatory`, what cannot be routed is confirmed and gone.
-    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let publishing = channel.basic_publish(exchange, routing_key, options, &body, properties);
-    let confirmed = match publishing.await {
-        Ok(confirm) => confirm.await,
-        Err(error) => Err(error),
-    };
-    let answer = match confirmed {
+async fn publish(line: &Line, publication: Publication, place: Place) -> Answered<Answer> {
+    let key = Key::new(
+        publication.route.exchange.as_str(),
+        publication.route.key.as_str(),
+        &publication.properties,
+    );
+    let (to, delayed) = (publication.to.clone(), publication.delayed);
+    let answer = match publication.over(&line.channel).await {
         Ok(confirmation) => Ok(confirmation),
-        Err(error) => Err(failed(life, &key, &error).await),
+        Err(error) => Err(line.failed(&key.exchange, &error).await),
     };
     let carried = match &answer {
         Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) => {
@@ -443,21 +514,51 @@ async fn publish(
         }
         _ => None,
     };
-    Answered { key, carried, what: Answer { batch, at, wait, to, delayed, answer } }
+    Answered { key, carried, what: Answer { place, to, delayed, answer } }
 }
 
-/// Ends the session: whatever went wrong, its channel is of no more use.
-async fn failed(life: &Life, key: &Key, error: &lapin::Error) -> SendError {
-    // What closed the channel says more than that it is closed: another publish has been told.
-    if let ErrorKind::InvalidChannelState(..) = error.kind() {
-        drop(timeout(REASON_TIMEOUT, life.ended()).await);
+async fn publish_aside(
+    line: &Line,
+    publication: Publication,
+    place: Place,
+    found: Found,
+) -> Answer {
+    let (to, delayed) = (publication.to.clone(), publication.delayed);
+    let exchange = publication.route.exchange.clone();
+    let way = publication.destination.clone();
+    let over = async |channel: &Channel| publication.over(channel).await;
+    let answer = match line.aside.publish(found, &way, over).await {
+        Ok(answer) => answer,
+        Err(error) => Err(line.failed(exchange.as_str(), &error).await),
+    };
+    Answer { place, to, delayed, answer }
+}
+
+impl Publication {
+    async fn over(self, channel: &Channel) -> lapin::Result<Confirmation> {
+        let Self { route: Route { exchange, key }, properties, body, .. } = self;
+        // Without `mandatory`, what cannot be routed is confirmed and gone.
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        channel.basic_publish(exchange, key, options, &body, properties).await?.await
     }
-    life.end(format!("publishing failed: {}", plain(error)));
-    match refusal(error) {
-        Some(AMQPSoftError::ACCESSREFUSED) if is_meant_by(key, error) => {
-            SendError::Refused(plain(error))
+}
+
+impl Line {
+    /// Ends the session: whatever went wrong, its channel is of no more use.
+    async fn failed(&self, exchange: &str, error: &lapin::Error) -> SendError {
+        let Self { life, aside, .. } = self;
+        // What closed the channel says more than that it is closed: another publish has been told.
+        if let ErrorKind::InvalidChannelState(..) = error.kind() {
+            drop(timeout(REASON_TIMEOUT, life.ended()).await);
         }
-        _ => SendError::Unknown(plain(error)),
+        life.end(format!("publishing failed: {}", plain(error)));
+        match refusal(error) {
+            Some(AMQPSoftError::ACCESSREFUSED) if is_meant_by(exchange, error) => {
+                aside.suspects.add(Destination::exchange(exchange));
+                SendError::Refused(plain(error))
+            }
+            _ => SendError::Unknown(plain(error)),
+        }
     }
 }
 

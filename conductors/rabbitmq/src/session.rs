@@ -34,6 +34,7 @@ use tokio::{
 };
 
 use crate::{
+    aside::{Aside, Suspects},
     connect::{Address, Connected, Patience, plain},
     declare::{Declarer, NOT_MADE, found, on_own_channel, refusal},
     delay::Ladder,
@@ -59,6 +60,7 @@ pub(crate) struct Options {
     /// How long a consumer may be brought nothing before the broker is asked.
     pub(crate) watchdog: Duration,
     pub(crate) moves: Moves,
+    pub(crate) suspects: Suspects,
     pub(crate) inboxes: Inboxes,
 }
 
@@ -128,8 +130,9 @@ impl RabbitSession {
         let (connection, mode) = (Arc::clone(&consuming), topology.mode);
         let declarer = Declarer { connection, life: life.clone(), mode };
         let ladder = Ladder::new(topology.clone(), declarer.clone());
+        let aside = Aside::new(options.suspects.clone(), Arc::clone(&publishing), life.clone());
         let (publisher, publish) =
-            Publisher::new(channel, topology.clone(), ladder, options, life.clone());
+            Publisher::new(channel, aside, topology.clone(), ladder, options, life.clone());
         tasks.spawn(publish);
         Ok(Self {
             node: node.clone(),

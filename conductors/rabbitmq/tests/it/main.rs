@@ -4,6 +4,7 @@
 
 mod addresses;
 mod answers;
+mod aside;
 mod cluster;
 mod dead;
 mod delays;

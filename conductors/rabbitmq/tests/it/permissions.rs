@@ -3,13 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use atomizer::{
-    Address, AtomId, CallError, Conductor, Electron, Envelope, Message, NodeId, OpenError, Payload,
-    SendError, Session, Source, prelude::*,
+    Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, Message, NodeId,
+    OpenError, Payload, SendError, Session, Source, prelude::*,
 };
 use atomizer_rabbitmq::{RabbitMq, Requeue, Selection, TopologyMode};
 use atomizer_test_support::{Permissions, Vhost};
 
-use crate::support::{Double, blocking, rabbit, serve, soon, vhost};
+use crate::support::{Double, blocking, rabbit, serve, soon, until, vhost};
 
 /// A virtual host with users, who go with it.
 struct Users {
@@ -148,6 +148,27 @@ async fn who_makes_what_is_needed_has_the_whole_namespace() {
     let caller = start(caller).await;
     assert_eq!(soon(caller.call::<Double>(4).into_future()).await.unwrap(), 8);
     soon(caller.send_after::<Double>(Duration::from_millis(50), 4)).await.unwrap();
+    caller.drain().await.unwrap();
+    worker.drain().await.unwrap();
+    users.remove().await;
+}
+
+/// What it may not answer it does not run over and over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_may_not_answer_ends_what_it_is_asked_unclaimed() {
+    let mut users = Users::new().await;
+    let write = r"^atomizer($|\.(lease|delay)\.)";
+    let worker = work(users.add([WORKER[0], write, WORKER[2]]).await).await;
+    let mut events = worker.events();
+    let caller = start(users.add(CALLER).await).await;
+    let call = tokio::spawn(caller.call::<Double>(4).into_future());
+    let unclaimed =
+        |kind: &EventKind| matches!(kind, EventKind::Completed { unclaimed: Some(_), .. });
+    let EventKind::Completed { unclaimed, .. } = until(&mut events, unclaimed).await else {
+        unreachable!("it was waited for")
+    };
+    assert!(unclaimed.is_some_and(|reason| reason.contains("amq.default")));
+    call.abort();
     caller.drain().await.unwrap();
     worker.drain().await.unwrap();
     users.remove().await;
