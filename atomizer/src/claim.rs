@@ -1,11 +1,16 @@
 //! The right to settle a delivery: as it was delivered, parked, or on the way from one to the other.
 
+use std::{sync::Arc, time::Duration};
+
 use tokio::{
     sync::oneshot::{self, error::TryRecvError},
     time::Instant,
 };
 
-use crate::{Epoch, Ticket};
+use crate::{Electron, Epoch, SendError, SettleError, Ticket, ask::Asker};
+
+/// How long after a park that was declined the next is tried.
+const PARK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// The right to settle one delivery.
 #[derive(Debug)]
@@ -115,4 +120,31 @@ impl Claim {
 
 fn not_parked() -> String {
     "parking did not end".to_owned()
+}
+
+/// Parks one delivery.
+pub(crate) async fn park(
+    asker: &Asker,
+    ticket: Ticket,
+    electron: Arc<Electron>,
+) -> Result<Ticket, NotParked> {
+    let lost = |error: &dyn std::fmt::Display| NotParked::Lost { reason: error.to_string() };
+    let session = asker.link.session().ok_or_else(|| lost(&SettleError::Stale))?;
+    let id = electron.id;
+    let parking = session.park(ticket, electron);
+    match asker.link.ask(&session, parking).await.map_err(|error| lost(&error))? {
+        Ok(ticket) => Ok(ticket),
+        Err(SettleError::NotSafe { ticket, failed }) => {
+            let errors = || failed.iter().map(|(_, error)| error);
+            tracing::warn!(electron = %id, error = ?errors().next(), "failed to park");
+            // What never can be is held as it is; when a broker loses its patience, it is adopted.
+            let is_final = errors().any(SendError::is_final);
+            let until = if is_final { None } else { Instant::now().checked_add(PARK_AGAIN_AFTER) };
+            Err(NotParked::Kept { ticket, until })
+        }
+        Err(error) => {
+            tracing::warn!(electron = %id, %error, "lost while it was parked; it is adopted when it comes again");
+            Err(lost(&error))
+        }
+    }
 }

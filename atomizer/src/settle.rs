@@ -5,11 +5,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tokio::time::Instant;
+
 use crate::{
     Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
     Payload, Properties, ReplyTo, SendError, SettleError, Ticket, Unreadable,
     ask::Asker,
-    claim::Claim,
+    claim::{Claim, NotParked, park},
     clock,
     wire::{Wire, header, timestamp},
 };
@@ -17,6 +19,8 @@ use crate::{
 /// How long to wait before what was not taken is tried again, for the first time; it doubles each time.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(100);
 const TRY_AGAIN_AFTER_MAX: Duration = Duration::from_secs(1);
+/// How long what was not taken is held as it was delivered.
+const HELD_UP_MAX: Duration = Duration::from_secs(5);
 
 /// The time of day as a header has it.
 fn now() -> serde_json::Value {
@@ -33,6 +37,10 @@ pub(crate) struct Ending {
     not_settled: Option<String>,
     /// How often it was tried in vain.
     tries: u32,
+    /// When that began.
+    held_up: Option<Instant>,
+    /// Whether it is held outside of the window, or cannot be.
+    parked: bool,
 }
 
 #[derive(Debug)]
@@ -78,6 +86,25 @@ impl Settlement {
         self.ticket.as_ref().is_some_and(Claim::is_parking)
     }
 
+    /// Parks it when it was not taken for long: others need its place in the window.
+    pub(crate) async fn park(&mut self, asker: &Asker) {
+        let Ending { subject: Subject::Electron { electron, .. }, held_up, parked, .. } =
+            &mut self.ending
+        else {
+            return;
+        };
+        let is_held_up = held_up.is_some_and(|since| since.elapsed() >= HELD_UP_MAX);
+        if *parked || !is_held_up {
+            return;
+        }
+        let Some((ticket, result)) = self.ticket.as_mut().and_then(Claim::park) else { return };
+        let held = park(asker, ticket, Arc::clone(electron)).await;
+        // What never can be parked is held as it is.
+        *parked = !matches!(held, Err(NotParked::Kept { until: Some(_), .. }));
+        // The receiver is in the claim.
+        drop(result.send(held));
+    }
+
     fn new(
         ticket: Option<Claim>,
         emit: Vec<Envelope>,
@@ -85,7 +112,8 @@ impl Settlement {
         spent: Spent,
         how: How,
     ) -> Self {
-        let ending = Ending::new(Subject::Electron { electron, spent, how });
+        let mut ending = Ending::new(Subject::Electron { electron, spent, how });
+        ending.parked = ticket.as_ref().is_some_and(|claim| !claim.is_delivered());
         Self { ticket, emit, ending }
     }
 }
@@ -112,7 +140,7 @@ pub(crate) enum Verdict {
 
 impl Ending {
     fn new(subject: Subject) -> Self {
-        Self { subject, unclaimed: None, not_settled: None, tries: 0 }
+        Self { subject, unclaimed: None, not_settled: None, tries: 0, held_up: None, parked: false }
     }
 
     /// True when a failure may be answered in place of what was too large. It is all that was emitted then.
@@ -332,6 +360,9 @@ impl Settler {
             }
         }
         ending.tries += 1;
+        if !after.is_zero() {
+            ending.held_up.get_or_insert_with(Instant::now);
+        }
         Verdict::Again { settlement: Settlement { ticket, emit, ending }, after }
     }
 

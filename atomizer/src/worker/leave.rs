@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     Electron, ElectronId, EventKind, Failure, FailureKind, NodeError,
+    ask::Asker,
     error::{Directive, Failed},
     life::{Attempt, Fact, Leave, State},
     node::Stage,
@@ -231,11 +232,7 @@ impl Worker {
                     self.emit(|atom| ending.into_event(atom));
                 }
                 Verdict::Again { settlement, after } => {
-                    let asker = self.asker.clone();
-                    self.asked.push(Box::pin(async move {
-                        sleep(after).await;
-                        Step::Settled(settle(asker, vec![settlement]).await)
-                    }));
+                    self.asked.push(Box::pin(again(self.asker.clone(), settlement, after)));
                 }
             }
         }
@@ -257,4 +254,11 @@ impl Worker {
             None => self.asked.push(Box::pin(settling.map(Step::Settled))),
         }
     }
+}
+
+/// Tries again what was not taken.
+async fn again(asker: Asker, mut settlement: Settlement, after: Duration) -> Step {
+    sleep(after).await;
+    settlement.park(&asker).await;
+    Step::Settled(settle(asker, vec![settlement]).await)
 }

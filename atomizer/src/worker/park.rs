@@ -9,13 +9,12 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
-    Step, TICK, Worker,
+    Step, Worker,
     held::{Began, Begun, Held},
 };
 use crate::{
-    Electron, ElectronId, EventKind, SendError, SettleError, Ticket,
-    ask::Asker,
-    claim::{Claim, NotParked},
+    Electron, ElectronId, EventKind,
+    claim::{Claim, park},
     life::Fact,
     run::RunId,
     settle::Why,
@@ -146,26 +145,4 @@ fn with_deadline(electron: &Arc<Electron>, left: Option<Duration>) -> Arc<Electr
         Arc::make_mut(&mut electron).deadline = left;
     }
     electron
-}
-
-async fn park(asker: &Asker, ticket: Ticket, electron: Arc<Electron>) -> Result<Ticket, NotParked> {
-    let lost = |error: &dyn std::fmt::Display| NotParked::Lost { reason: error.to_string() };
-    let session = asker.link.session().ok_or_else(|| lost(&SettleError::Stale))?;
-    let id = electron.id;
-    let parking = session.park(ticket, electron);
-    match asker.link.ask(&session, parking).await.map_err(|error| lost(&error))? {
-        Ok(ticket) => Ok(ticket),
-        Err(SettleError::NotSafe { ticket, failed }) => {
-            let errors = || failed.iter().map(|(_, error)| error);
-            tracing::warn!(electron = %id, error = ?errors().next(), "failed to park");
-            // What never can be is held as it is; when a broker loses its patience, it is adopted.
-            let is_final = errors().any(SendError::is_final);
-            let until = if is_final { None } else { Instant::now().checked_add(TICK) };
-            Err(NotParked::Kept { ticket, until })
-        }
-        Err(error) => {
-            tracing::warn!(electron = %id, %error, "lost while it was parked; it is adopted when it comes again");
-            Err(lost(&error))
-        }
-    }
 }

@@ -36,7 +36,7 @@ const PLACES_MAX: usize = 1024;
 /// How many channels there are at a time: one for each destination, while there are no more.
 const CHANNELS_MAX: usize = 64;
 /// How long a message waits for others that have the same destination.
-const TURN_TIMEOUT: Duration = Duration::from_secs(5);
+const TURN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Where messages go: one key of an exchange, or all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
