@@ -353,7 +353,9 @@ impl Settler {
                 }
                 // Where dead letters or a copy cannot be put now, they can be later: it is never dropped.
                 (_, error) => {
-                    tracing::warn!(to = %envelope.to, %error, "failed to make a message safe; trying again");
+                    if ending.tries == 0 {
+                        tracing::warn!(to = %envelope.to, %error, "failed to make a message safe; trying again");
+                    }
                     after = ending.next_pause();
                     emit.push(envelope);
                 }

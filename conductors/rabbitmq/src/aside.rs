@@ -107,7 +107,8 @@ impl Suspects {
             })
     }
 
-    fn remove(&self, destination: &Destination) {
+    /// Trusts a destination again.
+    pub(crate) fn remove(&self, destination: &Destination) {
         self.lock().remove(destination);
     }
 }
@@ -136,13 +137,14 @@ impl Aside {
     }
 
     /// Publishes over a new channel. What is returned is in the confirmation: there is nothing else on the channel.
+    /// `way` is where it goes, or all that is suspected with it.
     ///
     /// # Errors
     /// What is neither a refusal nor silence ends the session, as it would elsewhere.
     pub(crate) async fn publish(
         &self,
         Found { destination, turn }: Found,
-        way: &Destination,
+        way: Destination,
         publish: impl AsyncFnOnce(&Channel) -> lapin::Result<Confirmation>,
     ) -> lapin::Result<Result<Confirmation, SendError>> {
         let not_taken = |reason: String| Ok(Err(SendError::NotTaken(reason)));
@@ -177,11 +179,11 @@ impl Aside {
             }
             Ok(Err(error)) => Err(error),
             Err(_) => {
-                if destination != *way {
+                if destination != way {
                     // Its exchange is not refused any more.
                     self.suspects.remove(&destination);
                 }
-                self.suspects.add(way.clone());
+                self.suspects.add(way);
                 not_taken(format!("no confirm within {REQUEST_TIMEOUT:?}"))
             }
         }

@@ -132,12 +132,16 @@ struct Command {
     done: oneshot::Sender<Results>,
 }
 
-/// One `basic.publish`.
 struct Publication {
-    route: Route,
+    message: Outgoing,
     destination: Destination,
     to: Address,
     delayed: bool,
+}
+
+/// One `basic.publish`.
+struct Outgoing {
+    route: Route,
     properties: BasicProperties,
     body: Bytes,
 }
@@ -203,7 +207,8 @@ impl Publisher {
             _ if delayed => Destination::exchange(route.exchange.as_str()),
             _ => Destination::key(&route),
         };
-        Ok(Publication { route, destination, to, delayed, properties, body })
+        let message = Outgoing { route, properties, body };
+        Ok(Publication { message, destination, to, delayed })
     }
 
     async fn route(&self, Envelope { to, delay, .. }: &Envelope) -> Result<Route, SendError> {
@@ -258,20 +263,19 @@ fn is_meant_by(exchange: &str, error: &lapin::Error) -> bool {
     plain(error).contains(&format!("'{exchange}'"))
 }
 
-/// Where the result of a publish goes.
-#[derive(Clone, Copy)]
+/// What was published, and where the result goes.
 struct Place {
     batch: usize,
     at: usize,
     /// Where its time is counted.
     wait: usize,
-}
-
-/// What was published, and what the broker answered.
-struct Answer {
-    place: Place,
     to: Address,
     delayed: bool,
+}
+
+/// What the broker answered.
+struct Answer {
+    place: Place,
     answer: Result<Confirmation, SendError>,
 }
 
@@ -370,15 +374,16 @@ impl UnderWay<'_> {
         let number = self.batches.insert(Batch { results, unanswered, done });
         for (at, prepared) in batch.into_iter().enumerate() {
             let result = prepared.map(|publication| {
-                let destination = publication.destination.clone();
-                let found = self.line.aside.suspects.find(&publication.route);
+                let Publication { message, destination, to, delayed } = publication;
+                let found = self.line.aside.suspects.find(&message.route);
+                let way = found.is_some().then(|| destination.clone());
                 let aside = found.is_some();
                 let wait = self.waits.insert(Wait { waited: Duration::ZERO, destination, aside });
-                let place = Place { batch: number, at, wait };
-                match found {
-                    None => self.publishes.push(Box::pin(publish(self.line, publication, place))),
-                    Some(found) => {
-                        let publishing = publish_aside(self.line, publication, place, found);
+                let place = Place { batch: number, at, wait, to, delayed };
+                match found.zip(way) {
+                    None => self.publishes.push(Box::pin(publish(self.line, message, place))),
+                    Some(suspected) => {
+                        let publishing = publish_aside(self.line, message, place, suspected);
                         self.asides.push(Box::pin(publishing));
                     }
                 }
@@ -427,9 +432,21 @@ impl UnderWay<'_> {
             all.push(next);
         }
         for (answer, returned) in self.returns.judge(all) {
-            self.silent = Duration::ZERO;
-            self.silent_there.remove(&self.waits[answer.place.wait].destination);
+            if answer.answer.is_ok() {
+                self.is_confirmed(answer.place.wait);
+            }
             self.told(answer, returned);
+        }
+    }
+
+    fn is_confirmed(&mut self, wait: usize) {
+        self.silent = Duration::ZERO;
+        if self.silent_there.is_empty() {
+            return;
+        }
+        let destination = &self.waits[wait].destination;
+        if self.silent_there.remove(destination).is_some() {
+            self.line.aside.suspects.remove(destination);
         }
     }
 
@@ -441,7 +458,7 @@ impl UnderWay<'_> {
     }
 
     fn told(&mut self, answer: Answer, returned: bool) {
-        let Place { batch: number, at, .. } = answer.place;
+        let (number, at) = (answer.place.batch, answer.place.at);
         let result = self.decide(answer, returned);
         let batch = &mut self.batches[number];
         batch.results[at] = result;
@@ -450,8 +467,8 @@ impl UnderWay<'_> {
     }
 
     fn decide(&mut self, answer: Answer, returned: bool) -> Result<(), SendError> {
-        let Answer { to, delayed, place, answer } = answer;
-        let Wait { waited, .. } = self.waits.remove(place.wait);
+        let Answer { place: Place { wait, to, delayed, .. }, answer } = answer;
+        let Wait { waited, .. } = self.waits.remove(wait);
         let confirmation = answer?;
         if returned {
             // The next session declares again what is missing.
@@ -497,14 +514,10 @@ impl UnderWay<'_> {
     }
 }
 
-async fn publish(line: &Line, publication: Publication, place: Place) -> Answered<Answer> {
-    let key = Key::new(
-        publication.route.exchange.as_str(),
-        publication.route.key.as_str(),
-        &publication.properties,
-    );
-    let (to, delayed) = (publication.to.clone(), publication.delayed);
-    let answer = match publication.over(&line.channel).await {
+async fn publish(line: &Line, message: Outgoing, place: Place) -> Answered<Answer> {
+    let Route { exchange, key } = &message.route;
+    let key = Key::new(exchange.as_str(), key.as_str(), &message.properties);
+    let answer = match message.publish(&line.channel).await {
         Ok(confirmation) => Ok(confirmation),
         Err(error) => Err(line.failed(&key.exchange, &error).await),
     };
@@ -514,29 +527,27 @@ async fn publish(line: &Line, publication: Publication, place: Place) -> Answere
         }
         _ => None,
     };
-    Answered { key, carried, what: Answer { place, to, delayed, answer } }
+    Answered { key, carried, what: Answer { place, answer } }
 }
 
 async fn publish_aside(
     line: &Line,
-    publication: Publication,
+    message: Outgoing,
     place: Place,
-    found: Found,
+    (found, way): (Found, Destination),
 ) -> Answer {
-    let (to, delayed) = (publication.to.clone(), publication.delayed);
-    let exchange = publication.route.exchange.clone();
-    let way = publication.destination.clone();
-    let over = async |channel: &Channel| publication.over(channel).await;
-    let answer = match line.aside.publish(found, &way, over).await {
+    let exchange = message.route.exchange.clone();
+    let publish = async |channel: &Channel| message.publish(channel).await;
+    let answer = match line.aside.publish(found, way, publish).await {
         Ok(answer) => answer,
         Err(error) => Err(line.failed(exchange.as_str(), &error).await),
     };
-    Answer { place, to, delayed, answer }
+    Answer { place, answer }
 }
 
-impl Publication {
-    async fn over(self, channel: &Channel) -> lapin::Result<Confirmation> {
-        let Self { route: Route { exchange, key }, properties, body, .. } = self;
+impl Outgoing {
+    async fn publish(self, channel: &Channel) -> lapin::Result<Confirmation> {
+        let Self { route: Route { exchange, key }, properties, body } = self;
         // Without `mandatory`, what cannot be routed is confirmed and gone.
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         channel.basic_publish(exchange, key, options, &body, properties).await?.await
