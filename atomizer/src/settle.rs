@@ -81,9 +81,9 @@ pub(crate) struct Settlement {
 }
 
 impl Settlement {
-    /// Whether its ticket is to come.
-    pub(crate) fn is_parking(&self) -> bool {
-        self.ticket.as_ref().is_some_and(Claim::is_parking)
+    /// Whether it may take long for itself: its ticket is to come, or what it emits is sent until it is taken.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.ticket.as_ref().is_none_or(Claim::is_parking)
     }
 
     /// Parks it when it was not taken for long: others need its place in the window.

@@ -239,14 +239,16 @@ impl Worker {
     }
 
     pub(super) fn settle(&self, mut batch: Vec<Settlement>) {
-        // What is being parked must not hold up the rest.
-        for settlement in batch.extract_if(.., |settlement| settlement.is_parking()) {
-            let settling = settle(self.asker.clone(), vec![settlement]);
-            self.asked.push(Box::pin(settling.map(Step::Settled)));
+        // One of these must not hold up the rest.
+        for settlement in batch.extract_if(.., |settlement| settlement.is_alone()) {
+            self.settle_now(vec![settlement]);
         }
-        if batch.is_empty() {
-            return;
+        if !batch.is_empty() {
+            self.settle_now(batch);
         }
+    }
+
+    fn settle_now(&self, batch: Vec<Settlement>) {
         let mut settling = Box::pin(settle(self.asker.clone(), batch));
         // A conductor that need not wait is done by now.
         match (&mut settling).now_or_never() {
