@@ -8,6 +8,7 @@ use atomizer::{
 };
 use atomizer_rabbitmq::{RabbitMq, Requeue, Selection, TopologyMode};
 use atomizer_test_support::{Permissions, Vhost};
+use tokio::task::JoinSet;
 
 use crate::support::{Double, blocking, rabbit, serve, soon, until, vhost};
 
@@ -161,14 +162,15 @@ async fn a_worker_that_may_not_answer_ends_what_it_is_asked_unclaimed() {
     let worker = work(users.add([WORKER[0], write, WORKER[2]]).await).await;
     let mut events = worker.events();
     let caller = start(users.add(CALLER).await).await;
-    let call = tokio::spawn(caller.call::<Double>(4).into_future());
+    let mut asked = JoinSet::new();
+    asked.spawn(caller.call::<Double>(4).into_future());
     let unclaimed =
         |kind: &EventKind| matches!(kind, EventKind::Completed { unclaimed: Some(_), .. });
     let EventKind::Completed { unclaimed, .. } = until(&mut events, unclaimed).await else {
         unreachable!("it was waited for")
     };
     assert!(unclaimed.is_some_and(|reason| reason.contains("amq.default")));
-    call.abort();
+    asked.shutdown().await;
     caller.drain().await.unwrap();
     worker.drain().await.unwrap();
     users.remove().await;
