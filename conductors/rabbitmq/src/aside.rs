@@ -189,3 +189,31 @@ impl Aside {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    fn route(key: usize) -> Route {
+        Route { exchange: "exchange".into(), key: key.to_string().into() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_suspected_is_bounded_and_forgotten_after_a_while() {
+        let suspects = Suspects::default();
+        for key in 0..=KEPT_MAX {
+            suspects.add(Destination::key(&route(key)));
+            advance(Duration::from_millis(1)).await;
+        }
+        assert!(suspects.find(&route(0)).is_none(), "the oldest makes room");
+        assert!(suspects.find(&route(1)).is_some());
+        suspects.remove(&Destination::key(&route(1)));
+        assert!(suspects.find(&route(1)).is_none());
+        suspects.add(Destination::exchange("exchange"));
+        assert!(suspects.find(&route(1)).is_some(), "all of it is");
+        advance(KEPT).await;
+        assert!(suspects.find(&route(1)).is_none());
+    }
+}
