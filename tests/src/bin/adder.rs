@@ -40,7 +40,8 @@ impl Atom for Sum {
 async fn main() -> anyhow::Result<()> {
     let url = env::args().nth(1).context("usage: adder URL")?;
     let builder = Atomizer::builder().name("adder").conductor(RabbitMq::from_url(&url)?);
-    let node = builder.atom(Square).atom(Sum).start().await?;
+    // Its nodes are killed at random, again and again, which is no fault of an electron that was there each time.
+    let node = builder.atom(Square).atom(Sum).lives_max(100).start().await?;
     let (end, ended) = oneshot::channel();
     thread::spawn(move || {
         drop(io::copy(&mut io::stdin(), &mut io::sink()));
