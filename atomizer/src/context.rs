@@ -9,11 +9,12 @@ use std::{
     time::Duration,
 };
 
+use futures::Stream;
 use tokio::time::Instant;
 
 use crate::{
-    Atom, AtomId, Call, CallError, Electron, ElectronId, Failure, FanOut, Kind, NodeId, Parent,
-    Payload, admission::Slot, ask::Asker, erased, node::Stage,
+    Atom, AtomId, Call, CallError, Electron, ElectronId, Failure, FanOut, Group, Kind, NodeId,
+    Parent, Payload, admission::Slot, ask::Asker, erased, node::Stage,
 };
 
 /// One run of one electron, as its atom sees it.
@@ -158,8 +159,22 @@ impl Context {
     pub fn fan_out<A: Atom>(
         &self,
         inputs: impl IntoIterator<Item = A::Input, IntoIter: Send>,
-    ) -> FanOut<'_, A, impl Iterator<Item = A::Input> + Send> {
-        FanOut::new(self, inputs.into_iter())
+    ) -> FanOut<'_, A, impl Stream<Item = A::Input> + Send> {
+        FanOut::new(self, futures::stream::iter(inputs))
+    }
+
+    /// Asks one atom for each input of a stream, such as rows of a database, as they come and as there is room for
+    /// them. See [`fan_out`](Self::fan_out).
+    pub fn fan_out_stream<A: Atom>(
+        &self,
+        inputs: impl Stream<Item = A::Input> + Send,
+    ) -> FanOut<'_, A, impl Stream<Item = A::Input> + Send> {
+        FanOut::new(self, inputs)
+    }
+
+    /// Asks different atoms together, each with an input of its own.
+    pub fn group(&self) -> Group<'_> {
+        Group::new(self)
     }
 
     /// Makes the next child, without saying yet where it is answered. It is wanted no longer than its parent.

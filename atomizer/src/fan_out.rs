@@ -1,43 +1,51 @@
 //! Fan-out: many children of one atom, a window of them in flight, and what comes of them.
 
-use std::{collections::VecDeque, fmt, marker::PhantomData, num::NonZeroUsize, sync::Arc};
+mod children;
+mod completion;
+mod group;
 
-use futures::{Stream, future::BoxFuture};
-use rustc_hash::FxHashMap;
-use tokio::sync::mpsc;
+use std::{fmt, marker::PhantomData, num::NonZeroUsize, time::Duration};
 
-use crate::{
-    Address, Atom, AtomId, CallError, Context, ElectronId, Envelope, Message, Policy, Properties,
-    SendError,
-    ask::{Token, Waiter},
-    erased,
-};
+use futures::{Stream, StreamExt};
+
+use crate::{Atom, AtomId, CallError, Context, Payload, Policy, erased};
+use children::{Asking, Children, Question};
+use completion::{Rules, gather, output};
+
+pub use completion::{ChildError, End, FanOutError, Lenient, Partial};
+pub use group::{Answers, Group, Member};
 
 /// A fan-out that has not begun: choose what to make of the outputs.
 ///
-/// Inputs are taken from the iterator as there is room in the window, so a million children do not need a
-/// million entries. An atom that asks itself holds, while it waits, its place in the node's window for that
-/// atom: its limit of concurrency and at most 64 more. Each child counts once, however often it is delivered or answered. Dropping the fan-out
-/// gives up the answers.
+/// Inputs are taken from the iterator or the stream as there is room in the window, so a million children do not
+/// need a million entries. An atom that asks itself holds, while it waits, its place in the node's window for that
+/// atom: its limit of concurrency and at most 64 more. Each child counts once, however often it is delivered or
+/// answered. Dropping the fan-out gives up the answers.
+///
+/// The first failure ends it, unless [`tolerate`](Self::tolerate), [`enough`](Self::enough) or
+/// [`within`](Self::within) says otherwise.
 #[must_use = "a fan-out does nothing until its outputs are asked for"]
-pub struct FanOut<'cx, A, I> {
+pub struct FanOut<'cx, A, S> {
     cx: &'cx Context,
-    inputs: I,
+    inputs: S,
     window: NonZeroUsize,
     policy: Option<Policy>,
     atom: PhantomData<fn() -> A>,
 }
 
-impl<'cx, A, I> FanOut<'cx, A, I>
+/// How many children are in flight unless told otherwise.
+const WINDOW_DEFAULT: NonZeroUsize = NonZeroUsize::new(1024).expect("not 0");
+
+impl<'cx, A, S> FanOut<'cx, A, S>
 where
     A: Atom,
-    I: Iterator<Item = A::Input> + Send,
+    S: Stream<Item = A::Input> + Send,
 {
     /// How many children are in flight unless told otherwise.
-    pub const WINDOW_DEFAULT: NonZeroUsize = NonZeroUsize::new(1024).expect("not 0");
+    pub const WINDOW_DEFAULT: NonZeroUsize = WINDOW_DEFAULT;
 
-    pub(crate) fn new(cx: &'cx Context, inputs: I) -> Self {
-        Self { cx, inputs, window: Self::WINDOW_DEFAULT, policy: None, atom: PhantomData }
+    pub(crate) fn new(cx: &'cx Context, inputs: S) -> Self {
+        Self { cx, inputs, window: WINDOW_DEFAULT, policy: None, atom: PhantomData }
     }
 
     /// Sets how many children may be in flight.
@@ -52,6 +60,22 @@ where
         self
     }
 
+    /// Sets how many children may fail. One more, and the rest is given up.
+    pub fn tolerate(self, failures: usize) -> Lenient<Self> {
+        Lenient::new(self).tolerate(failures)
+    }
+
+    /// Sets how many outputs are enough. With the last of them the rest is given up. Any number may fail.
+    pub fn enough(self, outputs: usize) -> Lenient<Self> {
+        Lenient::new(self).enough(outputs)
+    }
+
+    /// Sets how long to wait in all, from when the outputs are asked for, and takes what has come by then. Any number
+    /// may fail.
+    pub fn within(self, time: Duration) -> Lenient<Self> {
+        Lenient::new(self).within(time)
+    }
+
     /// Folds the outputs in the order in which they arrive.
     ///
     /// # Errors
@@ -64,13 +88,9 @@ where
         T: Send,
         F: FnMut(T, A::Output) -> T + Send,
     {
-        let mut children = Children::new(self);
-        let mut folded = initial;
-        while let Some((index, result)) = children.next().await {
-            let output = result.map_err(|source| ChildError { index, source })?;
-            folded = fold(folded, output);
-        }
-        Ok(folded)
+        strictly(
+            self.gather(Rules::STRICT, initial, |folded, _, output| fold(folded, output)).await,
+        )
     }
 
     /// Collects the outputs in the order of the inputs.
@@ -81,16 +101,8 @@ where
     /// # Cancel safety
     /// Dropping it gives up the answers.
     pub async fn collect(self) -> Result<Vec<A::Output>, ChildError> {
-        let mut children = Children::new(self);
-        let mut outputs: Vec<Option<A::Output>> = Vec::new();
-        while let Some((index, result)) = children.next().await {
-            let output = result.map_err(|source| ChildError { index, source })?;
-            if outputs.len() <= index {
-                outputs.resize_with(index + 1, || None);
-            }
-            outputs[index] = Some(output);
-        }
-        Ok(outputs.into_iter().flatten().collect())
+        let gathering = self.gather(Rules::STRICT, Vec::new(), put::<Option<A::Output>, A::Output>);
+        Ok(strictly(gathering.await)?.into_iter().flatten().collect())
     }
 
     /// Streams what comes of each child as it arrives, with the index of its input.
@@ -99,185 +111,97 @@ where
     /// Dropping the stream gives up the answers that are outstanding.
     pub fn stream(self) -> impl Stream<Item = (usize, Result<A::Output, CallError>)> + Send + 'cx
     where
-        I: 'cx,
+        S: 'cx,
     {
-        futures::stream::unfold(Children::new(self), async |mut children| {
-            let next = children.next().await?;
-            Some((next, children))
+        futures::stream::unfold(self.children(Rules::STRICT), async |mut children| {
+            let (index, came) = children.next().await?;
+            Some(((index, output(came, erased::decode)), children))
         })
     }
-}
 
-impl<A, I> fmt::Debug for FanOut<'_, A, I> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FanOut").field("window", &self.window).finish_non_exhaustive()
+    fn children(
+        self,
+        rules: Rules,
+    ) -> Children<'cx, impl Stream<Item = Question> + Send + use<A, S>> {
+        let Self { cx, inputs, window, policy, .. } = self;
+        let atom = AtomId::of::<A>();
+        let questions = inputs
+            .map(move |input| Question { atom: atom.clone(), payload: erased::encode(&input) });
+        Children::new(cx, questions, Asking { window: window.get(), policy, until: rules.until() })
+    }
+
+    async fn gather<T: Send>(
+        self,
+        rules: Rules,
+        initial: T,
+        fold: impl FnMut(T, usize, A::Output) -> T + Send,
+    ) -> Result<Partial<T>, FanOutError> {
+        let decode = |_, payload: &Payload| erased::decode(payload);
+        gather(self.children(rules), rules, initial, decode, fold).await
     }
 }
 
-/// A child of a fan-out failed.
-#[derive(Debug, thiserror::Error)]
-#[error("child {index} failed")]
-#[non_exhaustive]
-pub struct ChildError {
-    /// Which input, counted from 0.
-    pub index: usize,
-    /// How.
-    pub source: CallError,
-}
-
-/// At most this many children are made safe together.
-const BATCH_MAX: usize = 256;
-
-type Sent = Vec<(usize, ElectronId, Result<(), SendError>)>;
-
-/// The children of one fan-out, in flight.
-struct Children<'cx, A, I: Iterator> {
-    cx: &'cx Context,
-    inputs: std::iter::Fuse<I>,
-    window: usize,
-    policy: Option<Policy>,
-    next_index: usize,
-    /// Asked and not answered. Empty when nothing more can come, once the inputs have ended.
-    in_flight: FxHashMap<usize, (ElectronId, Token)>,
-    sending: Option<BoxFuture<'cx, Sent>>,
-    answers: mpsc::Receiver<(usize, Arc<Properties>)>,
-    /// Cloned into the entry of each child.
-    answer_to: mpsc::Sender<(usize, Arc<Properties>)>,
-    arrived: VecDeque<(usize, Result<Arc<Properties>, CallError>)>,
-    atom: PhantomData<fn() -> A>,
-}
-
-impl<'cx, A, I> Children<'cx, A, I>
+impl<A, S> Lenient<FanOut<'_, A, S>>
 where
     A: Atom,
-    I: Iterator<Item = A::Input> + Send,
+    S: Stream<Item = A::Input> + Send,
 {
-    fn new(fan_out: FanOut<'cx, A, I>) -> Self {
-        let FanOut { cx, inputs, window, policy, .. } = fan_out;
-        let window = window.get();
-        let (answer_to, answers) = mpsc::channel(window);
-        Self {
-            cx,
-            inputs: inputs.fuse(),
-            window,
-            policy,
-            next_index: 0,
-            in_flight: FxHashMap::default(),
-            sending: None,
-            answers,
-            answer_to,
-            arrived: VecDeque::new(),
-            atom: PhantomData,
-        }
-    }
-
-    /// Returns the next result, or `None` after the last.
+    /// Folds the outputs in the order in which they arrive.
     ///
-    /// The permit is given back only when nothing has arrived yet.
-    async fn next(&mut self) -> Option<(usize, Result<A::Output, CallError>)> {
-        if self.arrived.is_empty() {
-            let cx = self.cx;
-            cx.slot.wait(self.exchange()).await;
-        }
-        let (index, result) = self.arrived.pop_front()?;
-        let output = result.and_then(|answer| match &answer.outcome {
-            Ok(payload) => erased::decode(payload).map_err(CallError::Decode),
-            Err(failure) => Err(CallError::Failed(failure.clone())),
-        });
-        Some((index, output))
+    /// # Errors
+    /// [`FanOutError`] when too many children failed; the answers of all others are given up.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives up the answers.
+    pub async fn fold<T, F>(self, initial: T, mut fold: F) -> Result<Partial<T>, FanOutError>
+    where
+        T: Send,
+        F: FnMut(T, A::Output) -> T + Send,
+    {
+        let Self { of, rules } = self;
+        of.gather(rules, initial, |folded, _, output| fold(folded, output)).await
     }
 
-    /// Sends and receives until something has arrived or nothing more can.
-    async fn exchange(&mut self) {
-        let mut answers = Vec::new();
-        loop {
-            self.fill();
-            if !self.arrived.is_empty() || (self.in_flight.is_empty() && self.sending.is_none()) {
-                return;
-            }
-            tokio::select! {
-                received = self.answers.recv_many(&mut answers, self.window) => {
-                    debug_assert!(received > 0, "this side holds a sender");
-                    for (index, answer) in answers.drain(..) {
-                        // Not there when its send was given up meanwhile: a child counts once.
-                        if self.in_flight.remove(&index).is_some() {
-                            self.arrived.push_back((index, Ok(answer)));
-                        }
-                    }
-                }
-                sent = sending(self.sending.as_mut()) => {
-                    self.sending = None;
-                    for (index, id, result) in sent {
-                        // A child whose answer is here already was sent well, whatever else is known of it.
-                        if let Err(source) = result
-                            && let Some((_, token)) = self.in_flight.remove(&index)
-                        {
-                            self.cx.asker.node.pending.remove(id, token);
-                            self.arrived.push_back((index, Err(CallError::NotSent { id, source })));
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Begins to send the next children, when a good part of the window is free.
-    fn fill(&mut self) {
-        let free = self.window - self.in_flight.len();
-        let worth_it = free >= self.window.div_ceil(8) || self.in_flight.is_empty();
-        if self.sending.is_some() || !worth_it {
-            return;
-        }
-        let mut envelopes = Vec::new();
-        let mut sent = Vec::new();
-        let pending = &self.cx.asker.node.pending;
-        for input in self.inputs.by_ref().take(free.min(BATCH_MAX)) {
-            let index = self.next_index;
-            self.next_index += 1;
-            let payload = match erased::encode(&input) {
-                Ok(payload) => payload,
-                Err(error) => {
-                    self.arrived.push_back((index, Err(CallError::Encode(error))));
-                    continue;
-                }
-            };
-            let mut child = match self.cx.next_child(AtomId::of::<A>(), payload) {
-                Ok(child) => self.cx.asker.address(child),
-                Err(error) => {
-                    self.arrived.push_back((index, Err(error)));
-                    continue;
-                }
-            };
-            child.policy = self.policy.or(child.policy);
-            let child = Arc::new(child);
-            let token = pending.insert(&child, Waiter::Child(index, self.answer_to.clone()));
-            self.in_flight.insert(index, (child.id, token));
-            sent.push((index, child.id));
-            envelopes
-                .push(Envelope::new(Address::Atom(child.atom.clone()), Message::Electron(child)));
-        }
-        if envelopes.is_empty() {
-            return;
-        }
-        let link = &self.cx.asker.link;
-        self.sending = Some(Box::pin(async move {
-            let results = link.send(&envelopes).await;
-            sent.into_iter().zip(results).map(|((index, id), result)| (index, id, result)).collect()
-        }));
+    /// Collects the outputs with the indices of their inputs, in the order of these.
+    ///
+    /// # Errors
+    /// [`FanOutError`] when too many children failed; the answers of all others are given up.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives up the answers.
+    pub async fn collect(self) -> Result<Partial<Vec<(usize, A::Output)>>, FanOutError> {
+        let Self { of, rules } = self;
+        let push = |mut outputs: Vec<_>, index, output| {
+            outputs.push((index, output));
+            outputs
+        };
+        let mut partial = of.gather(rules, Vec::new(), push).await?;
+        partial.value.sort_unstable_by_key(|(index, _)| *index);
+        Ok(partial)
     }
 }
 
-async fn sending(sending: Option<&mut BoxFuture<'_, Sent>>) -> Sent {
-    match sending {
-        Some(sending) => sending.await,
-        None => std::future::pending().await,
-    }
+/// The first failure, when that ends it.
+fn strictly<T>(gathered: Result<Partial<T>, FanOutError>) -> Result<T, ChildError> {
+    gathered.map(|partial| partial.value).map_err(|error| match error {
+        FanOutError::TooManyFailures { mut failures, .. }
+        | FanOutError::TooFewOutputs { mut failures, .. } => {
+            failures.pop().expect("without rules only a failure ends it")
+        }
+    })
 }
 
-impl<A, I: Iterator> Drop for Children<'_, A, I> {
-    fn drop(&mut self) {
-        for (id, token) in self.in_flight.values() {
-            self.cx.asker.node.pending.remove(*id, *token);
-        }
+/// Puts an output at its place.
+fn put<P: From<O> + Default, O>(mut outputs: Vec<P>, index: usize, output: O) -> Vec<P> {
+    if outputs.len() <= index {
+        outputs.resize_with(index + 1, P::default);
+    }
+    outputs[index] = output.into();
+    outputs
+}
+
+impl<A, S> fmt::Debug for FanOut<'_, A, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FanOut").field("window", &self.window).finish_non_exhaustive()
     }
 }

@@ -80,7 +80,7 @@ pub use dead_letter::{BrokerDeath, Cause, CauseKey, DeadLetter, LetterId, Reason
 pub use electron::{ContentType, Electron, Extra, Message, Parent, Payload, Unreadable};
 pub use error::{AtomError, Result};
 pub use event::{Event, EventKind, EventStream, Missed};
-pub use fan_out::{ChildError, FanOut};
+pub use fan_out::{Answers, ChildError, End, FanOut, FanOutError, Group, Lenient, Member, Partial};
 pub use id::{AtomId, ConductorId, ElectronId, InvalidId, NodeId, ReplyTo};
 pub use memory::Memory;
 pub use policy::{Backoff, Policy};

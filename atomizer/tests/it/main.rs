@@ -7,6 +7,7 @@
 )]
 
 mod atoms;
+mod completion;
 mod conductors;
 mod drain;
 mod ends;
