@@ -3,18 +3,18 @@
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use futures::Stream;
 use tokio::time::Instant;
 
 use crate::{
-    Atom, AtomId, Call, CallError, Electron, ElectronId, Failure, FanOut, Group, Kind, NodeId,
-    Parent, Payload, admission::Slot, ask::Asker, erased, node::Stage,
+    Atom, AtomId, Call, CallError, ChildError, Electron, ElectronId, Envelope, Failure, FanOut,
+    Group, Kind, NodeId, Parent, Payload, Spawning, admission::Slot, ask::Asker, erased,
+    node::Stage,
 };
 
 /// One run of one electron, as its atom sees it.
@@ -30,12 +30,26 @@ pub struct Context {
     /// Which index the next child gets. An atom that asks in the same order each time asks the same children
     /// again in a second life.
     next_child: AtomicU64,
+    /// What is sent when this run succeeds.
+    pub(crate) spawned: Spawned,
+}
+
+/// Children that are sent when their parent succeeds.
+#[derive(Debug, Default)]
+pub(crate) struct Spawned(Mutex<Vec<Envelope>>);
+
+impl Spawned {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Envelope>> {
+        // A panic cannot leave a push half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Context {
     pub(crate) fn new(asker: Asker, electron: Arc<Electron>, slot: Arc<Slot>) -> Self {
         let (kind, stop_at) = (Kind::Atomic, Stage::Cancelling);
-        Self { asker, slot, electron, kind, deadline: None, stop_at, next_child: AtomicU64::new(0) }
+        let (next_child, spawned) = (AtomicU64::new(0), Spawned::default());
+        Self { asker, slot, electron, kind, deadline: None, stop_at, next_child, spawned }
     }
 
     /// The context of a resident: it runs without a permit, and is to stop when the node drains.
@@ -98,7 +112,7 @@ impl Context {
     #[expect(clippy::needless_pass_by_value, reason = "callers write `call::<Double>(21)`")]
     pub fn call<A: Atom>(&self, input: A::Input) -> Call<'_, A::Output> {
         let electron = (erased::encode(&input).map_err(CallError::Encode))
-            .and_then(|payload| self.next_child(AtomId::of::<A>(), payload));
+            .and_then(|payload| self.next_question(AtomId::of::<A>(), payload));
         Call::new(self.asker.clone(), Some(&self.slot), electron, erased::decode)
     }
 
@@ -110,26 +124,63 @@ impl Context {
     /// # Cancel safety
     /// Dropping the call gives up the answer, not the child.
     pub fn call_raw(&self, atom: AtomId, payload: Payload) -> Call<'_, Payload> {
-        let electron = self.next_child(atom, payload);
+        let electron = self.next_question(atom, payload);
         Call::new(self.asker.clone(), Some(&self.slot), electron, |payload| Ok(payload.clone()))
+    }
+
+    /// Sends an electron that nobody waits for, exactly when this run succeeds.
+    ///
+    /// # Errors
+    /// As [`Spawning::on_success`].
+    pub fn spawn<A: Atom>(&self, input: A::Input) -> Result<ElectronId, CallError> {
+        self.spawning().on_success::<A>(input)
     }
 
     /// Sends an electron that nobody waits for, at once: whether this run succeeds or not. When this returns it
     /// is safe.
     ///
-    /// It is a child all the same: a second life of this run sends it again under the same id.
-    ///
     /// # Errors
-    /// [`CallError::NotSent`] when that is not known within 30 s, and [`CallError::Encode`].
+    /// As [`Spawning::now`].
     ///
     /// # Cancel safety
     /// Dropping the future leaves unknown whether the electron was sent.
     pub async fn spawn_now<A: Atom>(&self, input: A::Input) -> Result<ElectronId, CallError> {
-        let payload = erased::encode(&input).map_err(CallError::Encode)?;
-        let mut child = self.next_child(AtomId::of::<A>(), payload)?;
-        // Nobody waits for it, so nobody stops waiting.
-        child.deadline = None;
-        self.asker.send_bounded(child, Duration::ZERO).await
+        self.spawning().now::<A>(input).await
+    }
+
+    /// Sends an electron for each input at once, many at a time, and waits for none. Returns how many were sent.
+    ///
+    /// # Errors
+    /// As [`Spawning::all`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves unknown which were sent.
+    pub async fn spawn_all<A: Atom>(
+        &self,
+        inputs: impl IntoIterator<Item = A::Input, IntoIter: Send>,
+    ) -> Result<usize, ChildError> {
+        self.spawning().all::<A>(inputs).await
+    }
+
+    /// Says more of what is sent and not waited for: a delay, and where its outcome goes.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use atomizer::prelude::*;
+    /// # struct Remind;
+    /// # impl Atom for Remind {
+    /// #     const ID: &'static str = "remind";
+    /// #     type Input = String;
+    /// #     type Output = ();
+    /// #     async fn process(&self, _cx: &Context, _: String) -> Result<()> { Ok(()) }
+    /// # }
+    /// # fn order(cx: &Context, customer: String) -> Result<()> {
+    /// cx.spawning().after(Duration::from_secs(3600)).on_success::<Remind>(customer)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn spawning(&self) -> Spawning<'_> {
+        Spawning::new(self)
     }
 
     /// Asks one atom for each input, a window of them at a time, and combines what comes back.
@@ -177,11 +228,20 @@ impl Context {
         Group::new(self)
     }
 
-    /// Makes the next child, without saying yet where it is answered. It is wanted no longer than its parent.
-    pub(crate) fn next_child(&self, atom: AtomId, payload: Payload) -> Result<Electron, CallError> {
+    /// Makes the next child that this run waits for.
+    pub(crate) fn next_question(
+        &self,
+        atom: AtomId,
+        payload: Payload,
+    ) -> Result<Electron, CallError> {
         if self.kind == Kind::Singleton && atom == self.electron.atom {
             return Err(CallError::AsksItself(atom));
         }
+        Ok(self.next_child(atom, payload))
+    }
+
+    /// Makes the next child, without saying yet where it is answered. It is wanted no longer than its parent.
+    pub(crate) fn next_child(&self, atom: AtomId, payload: Payload) -> Electron {
         let index = self.next_child.fetch_add(1, Ordering::Relaxed);
         let parent = self.electron.id;
         let mut child = Electron::with_id(parent.child(index), atom, payload);
@@ -193,7 +253,7 @@ impl Context {
                 child.extra.insert(name.to_owned(), value.clone());
             }
         }
-        Ok(child)
+        child
     }
 }
 

@@ -65,6 +65,7 @@ mod resident;
 mod run;
 mod runtime;
 mod settle;
+mod spawn;
 pub mod wire;
 mod worker;
 
@@ -86,6 +87,7 @@ pub use memory::Memory;
 pub use policy::{Backoff, Policy};
 pub use properties::{Failure, FailureKind, Properties};
 pub use runtime::{Atomizer, NodeError};
+pub use spawn::Spawning;
 
 /// What nearly every program needs.
 pub mod prelude {

@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use crate::{
-    Context, ElectronId, EventKind, FailureKind, Payload, RawAtom,
+    Context, ElectronId, Envelope, EventKind, FailureKind, Payload, RawAtom,
     admission::Slot,
     error::{Directive, Failed},
     home::Threads,
@@ -17,7 +17,14 @@ use crate::{
 };
 
 /// What a run comes to.
-pub(crate) type RunResult = Result<Payload, Failed>;
+pub(crate) type RunResult = Result<Success, Failed>;
+
+/// An output, and the children that are sent with it.
+#[derive(Debug)]
+pub(crate) struct Success {
+    pub(crate) output: Payload,
+    pub(crate) spawned: Vec<Envelope>,
+}
 
 /// Tells the runs of one worker apart: an electron may have several, one after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -192,7 +199,9 @@ async fn run<A: RawAtom>(instances: &Instances<A>, context: Context, slot: &Slot
 }
 
 async fn run_one(atom: &impl RawAtom, context: Context) -> RunResult {
-    atom.run(&context, &context.electron().payload).await.map_err(Failed::from)
+    let output = atom.run(&context, &context.electron().payload).await.map_err(Failed::from)?;
+    let spawned = std::mem::take(&mut *context.spawned.lock());
+    Ok(Success { output, spawned })
 }
 
 fn panicked(panic: &(dyn Any + Send)) -> Failed {

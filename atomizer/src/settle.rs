@@ -13,6 +13,7 @@ use crate::{
     ask::Asker,
     claim::{Claim, NotParked, park},
     clock,
+    run::Success,
     wire::{Wire, header, timestamp},
 };
 
@@ -145,6 +146,10 @@ impl Ending {
 
     /// True when a failure may be answered in place of what was too large. It is all that was emitted then.
     fn may_be_told(&self) -> bool {
+        self.is_done()
+    }
+
+    fn is_done(&self) -> bool {
         matches!(&self.subject, Subject::Electron { how: How::Done, .. })
     }
 
@@ -218,9 +223,15 @@ impl Settler {
         ticket: Option<Claim>,
         electron: Arc<Electron>,
         spent: Spent,
-        output: Payload,
+        Success { output, spawned }: &Success,
     ) -> Settlement {
-        let emit = self.answer(&electron, spent, Ok(output), true).into_iter().collect();
+        let too_large = output.body.len() > self.asker.link.limits().payload_bytes_max;
+        // An output that cannot be answered is a failure. And an electron may be delivered twice, and which ticket is
+        // good is not known: each brings the children, which have the same ids.
+        let spawned = if too_large && electron.reply_to.is_some() { &[][..] } else { spawned };
+        let mut emit = spawned.to_vec();
+        let may_be_direct = emit.is_empty();
+        emit.extend(self.answer(&electron, spent, Ok(output.clone()), may_be_direct));
         Settlement::new(ticket, emit, electron, spent, How::Done)
     }
 
@@ -344,12 +355,15 @@ impl Settler {
                     ending.unclaimed = Some(error.to_string());
                     emit.extend(self.dead_instead(&mut ending));
                 }
-                // It cannot go back, ever: this is its end.
                 (
                     Address::Atom(_),
                     error @ (SendError::TooLarge { .. } | SendError::Refused(_)),
                 ) => {
-                    return self.cannot_go_back(ticket, ending, &error);
+                    if !ending.is_done() {
+                        // It cannot go back, ever: this is its end.
+                        return self.cannot_go_back(ticket, ending, &error);
+                    }
+                    emit.extend(self.not_spawned(envelope.message, &error));
                 }
                 // Where dead letters or a copy cannot be put now, they can be later: it is never dropped.
                 (_, error) => {
@@ -366,6 +380,17 @@ impl Settler {
             ending.held_up.get_or_insert_with(Instant::now);
         }
         Verdict::Again { settlement: Settlement { ticket, emit, ending }, after }
+    }
+
+    /// The dead letter of a child that can never be sent. Its parent has succeeded.
+    fn not_spawned(&self, child: Message, error: &SendError) -> Option<Envelope> {
+        let Message::Electron(child) = child else { return None };
+        let (node, atom) = (self.asker.node.id.clone(), child.atom.clone());
+        tracing::warn!(child = %child.id, %atom, %error, "cannot be sent; it goes to the dead letters");
+        let mut failure = Failure::new(FailureKind::Error, format!("it was never sent: {error}"));
+        failure.node = Some(node);
+        let settler = Self { asker: self.asker.clone(), atom };
+        Some(settler.dead(&child, failure))
     }
 
     /// Ends an electron that cannot be put back: with the failure of its attempt, or with why it was handed on.

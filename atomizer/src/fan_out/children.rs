@@ -173,7 +173,7 @@ where
             self.next_index += 1;
             let child = payload
                 .map_err(CallError::Encode)
-                .and_then(|payload| self.cx.next_child(atom, payload));
+                .and_then(|payload| self.cx.next_question(atom, payload));
             let mut child = match child {
                 Ok(child) => self.cx.asker.address(child),
                 Err(error) => {

@@ -75,11 +75,11 @@ impl Worker {
     ) {
         let Running { mut held, began, .. } = running;
         match result {
-            Some(Ok(output)) => {
+            Some(Ok(success)) => {
                 held.on(Fact::Succeeded);
                 let spent = began.spent(Instant::now());
                 for (electron, ticket) in held.deliveries() {
-                    batch.push(self.settler.done(ticket, electron, spent, output.clone()));
+                    batch.push(self.settler.done(ticket, electron, spent, &success));
                 }
             }
             Some(Err(failed)) => self.after_failure(held, began, failed, batch),

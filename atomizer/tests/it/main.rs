@@ -21,6 +21,7 @@ mod once;
 mod policies;
 mod raw;
 mod soak;
+mod spawning;
 mod start;
 mod supervision;
 mod suspects;
