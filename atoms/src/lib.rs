@@ -23,8 +23,14 @@
 //! # }
 //! ```
 
+//!
+//! [`WordCount`] counts the words of a folder of text files: it maps [`CountWords`] over pieces of them, and reduces
+//! what comes back to the most frequent.
+
 mod montecarlo;
+mod wordcount;
 
 pub use montecarlo::{
     Batch, Estimate, Hits, InvalidRequest, MonteCarlo, Progress, Request, Toss, toss,
 };
+pub use wordcount::{Corpus, CountWords, Counted, Piece, WordCount, Words};
