@@ -22,20 +22,39 @@ pub enum Done {
 
 /// Shows on stderr how far a run of `tosses` has come, until it is dropped.
 pub async fn show(tosses: u64, done: impl Fn() -> Done) -> Infallible {
+    show_parts(tosses, |time| {
+        let done = done();
+        let (Done::OfAll(count) | Done::Here(count)) = done;
+        (count, describe(tosses, done, time))
+    })
+    .await
+}
+
+/// Shows on stderr how many of so many bytes have been read, until it is dropped.
+pub async fn show_bytes(all: u64, read: impl Fn() -> u64) -> Infallible {
+    show_parts(all, |time| {
+        let bytes = read();
+        let rate = Scaled(per_second(bytes, time));
+        let text = format!("{}B of {}B, {rate}B/s", Scaled(bytes as f64), Scaled(all as f64));
+        (bytes, text)
+    })
+    .await
+}
+
+/// Shows how many parts of all are done, and what is said of that after so long.
+async fn show_parts(all: u64, look: impl Fn(Duration) -> (u64, String)) -> Infallible {
     let on_terminal = io::stderr().is_terminal();
     let period = Duration::from_millis(if on_terminal { 100 } else { 1_000 });
-    let bar = Bar(on_terminal.then(|| new_bar(tosses)));
+    let bar = Bar(on_terminal.then(|| new_bar(all)));
     let began = Instant::now();
     let mut ticks = interval_at(tokio::time::Instant::now() + period, period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let done = done();
-        let text = describe(tosses, done, began.elapsed());
+        let (done, text) = look(began.elapsed());
         match &bar.0 {
             Some(bar) => {
-                let (Done::OfAll(count) | Done::Here(count)) = done;
-                bar.set_position(count.min(tosses));
+                bar.set_position(done.min(all));
                 bar.set_message(text);
             }
             None => eprintln!("{text}"),
@@ -54,10 +73,10 @@ impl Drop for Bar {
     }
 }
 
-fn new_bar(tosses: u64) -> ProgressBar {
+fn new_bar(all: u64) -> ProgressBar {
     let style = ProgressStyle::with_template("[{bar:40}] {percent:>3}%  {msg}");
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ");
-    ProgressBar::with_draw_target(Some(tosses), ProgressDrawTarget::stderr()).with_style(style)
+    ProgressBar::with_draw_target(Some(all), ProgressDrawTarget::stderr()).with_style(style)
 }
 
 fn describe(tosses: u64, done: Done, time: Duration) -> String {

@@ -1,4 +1,4 @@
-//! The small programs: policies, housekeeper and protobuf.
+//! The small programs: policies, housekeeper, protobuf and wordcount.
 
 use std::{fs, path::PathBuf, process};
 
@@ -181,4 +181,35 @@ fn protobuf_says_what_is_too_large() {
 fn own_folder(ended: &Ended) -> PathBuf {
     let after = ended.stderr.split_once("sweeps ").expect("it says which folder").1;
     PathBuf::from(after.split(' ').next().expect("a path"))
+}
+
+#[test]
+fn wordcount_shows_the_most_frequent_words_and_tells_what_it_cannot_read() {
+    let folder = std::env::temp_dir().join(format!("atomizer-wordcount-{}", process::id()));
+    fs::create_dir_all(folder.join("more")).unwrap();
+    fs::write(folder.join("one.txt"), "the cat and the dog\n").unwrap();
+    fs::write(folder.join("more/two.txt"), "The end.\n").unwrap();
+    fs::write(folder.join("more/picture"), [0xff, 0xd8, 0xff]).unwrap();
+    let path = folder.to_str().unwrap();
+    let ended = run("wordcount", &["--top", "2", path]);
+    let json = run("wordcount", &["--json", path]);
+    fs::remove_dir_all(&folder).unwrap();
+    in_order(&ended);
+    follow_each_other(
+        &ended.stdout,
+        &["3  the\n", "1  and\n", "words=7 distinct=5 bytes=29 electrons=2 unread=1 seconds="],
+    );
+    follow_each_other(&ended.stderr, &["not counted: ", "more/picture: not UTF-8"]);
+    in_order(&json);
+    assert!(json.stdout.starts_with('{') && json.stdout.contains(r#"["the",3]"#), "{json:#?}");
+}
+
+#[test]
+fn wordcount_exits_2_where_there_is_nothing() {
+    let ended = run("wordcount", &["/nowhere/at/all"]);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(2), ""), "{ended:#?}");
+    assert!(
+        ended.stderr.contains("/nowhere/at/all") && ended.stderr.contains("No such file"),
+        "{ended:#?}"
+    );
 }
