@@ -14,6 +14,13 @@ pub(crate) enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
+    /// Measures fan-outs within one process, without a broker: speed and memory.
+    #[command(disable_help_flag = true)]
+    FanOut {
+        /// Arguments of the benchmark itself; `--help` lists them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        arguments: Vec<String>,
+    },
     /// Measures nodes over a private RabbitMQ against a bare client of the same guarantees.
     #[command(disable_help_flag = true)]
     Rabbitmq {
@@ -43,6 +50,7 @@ impl Recovery {
 pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::InProcess { arguments } => run_bin("in-process", arguments),
+        Bench::FanOut { arguments } => run_bin("fan-out", arguments),
         Bench::Rabbitmq { arguments } => run_bin("rabbitmq", arguments),
     }
 }
