@@ -17,7 +17,8 @@ use tokio::{
 
 use crate::{
     Address, AtomId, Electron, ElectronId, Envelope, EventKind, Failure, FailureKind, Message,
-    Payload, Policy, Properties, ReplyTo, SendError, admission::Slot, link::Link, node::Node,
+    Payload, Policy, Properties, ReplyTo, ResultsId, SendError, admission::Slot, link::Link,
+    node::Node,
 };
 
 /// Who waits for which answer. The first answer takes the entry out: later ones find nobody.
@@ -172,7 +173,6 @@ impl Asker {
         mut electron: Electron,
         delay: Duration,
     ) -> Result<ElectronId, CallError> {
-        const SEND_TIMEOUT: Duration = Duration::from_secs(30);
         electron.sender = Some(self.node.id.clone());
         let id = electron.id;
         let delay_max = self.link.limits().delay_max;
@@ -188,6 +188,13 @@ impl Asker {
             });
         sent.map_err(|source| CallError::NotSent { id, source })?;
         Ok(id)
+    }
+
+    /// Makes a result address.
+    pub(crate) async fn result_address(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        timeout(SEND_TIMEOUT, self.link.make_results(id)).await.unwrap_or_else(|_| {
+            Err(SendError::Unknown(format!("no confirmation within {SEND_TIMEOUT:?}")))
+        })
     }
 
     async fn ask(
@@ -214,6 +221,9 @@ impl Asker {
         timeout(deadline, answered).await.unwrap_or(Err(CallError::Deadline { id, deadline }))
     }
 }
+
+/// How long anything may take to be safe that nobody waits for.
+pub(crate) const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How many questions are asked again at once.
 const ASK_AGAIN_BATCH: usize = 256;

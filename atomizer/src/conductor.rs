@@ -18,7 +18,7 @@ use std::{fmt, num::NonZeroUsize, panic::AssertUnwindSafe, sync::Arc, time::Dura
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::{AtomId, ConductorId, Electron, Message, NodeId, ReplyTo};
+use crate::{AtomId, ConductorId, Electron, Message, NodeId, ReplyTo, ResultsId};
 
 /// Carries electrons and answers: a description such as a URL and options.
 ///
@@ -108,6 +108,18 @@ pub trait Session: fmt::Debug + Send + Sync + 'static {
     /// Safe.
     async fn census(&self, atom: &AtomId) -> Result<Census, SessionError>;
 
+    /// Makes a result address, if there is none of that name: what is sent there waits until it is read from
+    /// [`Source::Results`].
+    ///
+    /// # Errors
+    /// [`SendError`] when it is not known to be there; [`SendError::Refused`] where there are no such addresses.
+    ///
+    /// # Cancel safety
+    /// Safe: it is made or not.
+    async fn make_results(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        Err(SendError::Refused(format!("there are no result addresses here, such as {id}")))
+    }
+
     /// Returns whether the other side says that it takes nothing for now, as a broker does that is short of memory
     /// or disk.
     ///
@@ -166,6 +178,8 @@ pub enum Source {
     Atom(AtomId),
     /// What is sent to this node: the answers to what it asked.
     Inbox,
+    /// What is sent to a result address, shared with every other subscriber.
+    Results(ResultsId),
 }
 
 /// What a session can carry.

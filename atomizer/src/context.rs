@@ -13,8 +13,8 @@ use tokio::time::Instant;
 
 use crate::{
     Atom, AtomId, Call, CallError, ChildError, Electron, ElectronId, Envelope, Failure, FanOut,
-    Group, Kind, NodeId, Parent, Payload, Spawning, admission::Slot, ask::Asker, erased,
-    node::Stage,
+    Group, Kind, NodeId, Parent, Payload, ReplyTo, ResultsId, SendError, Spawning, admission::Slot,
+    ask::Asker, erased, node::Stage,
 };
 
 /// One run of one electron, as its atom sees it.
@@ -160,6 +160,18 @@ impl Context {
         inputs: impl IntoIterator<Item = A::Input, IntoIter: Send>,
     ) -> Result<usize, ChildError> {
         self.spawning().all::<A>(inputs).await
+    }
+
+    /// Makes sure of a result address, and returns it: outcomes that are sent there wait until
+    /// [`Atomizer::results`](crate::Atomizer::results) reads them, in this process or another.
+    ///
+    /// # Errors
+    /// [`SendError`] when it is not known within 30 s to be there; [`SendError::Refused`] where the conductor has none.
+    ///
+    /// # Cancel safety
+    /// Safe: it is made or not.
+    pub async fn result_address(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        self.asker.result_address(id).await
     }
 
     /// Says more of what is sent and not waited for: a delay, and where its outcome goes.

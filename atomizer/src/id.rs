@@ -274,6 +274,12 @@ name!(
     "conductor id"
 );
 
+name!(
+    /// Names a result address: outcomes that are sent there wait for whoever reads them.
+    ResultsId,
+    "results id"
+);
+
 impl AtomId {
     /// Returns the id of an atom type; an invalid [`Atom::ID`](crate::Atom::ID) does not compile.
     #[must_use]

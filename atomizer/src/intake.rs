@@ -205,7 +205,7 @@ impl Intake {
     fn atom(&self) -> Option<AtomId> {
         match &self.source {
             Source::Atom(atom) => Some(atom.clone()),
-            Source::Inbox => None,
+            Source::Inbox | Source::Results(_) => None,
         }
     }
 }

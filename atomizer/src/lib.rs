@@ -62,6 +62,7 @@ mod node;
 mod policy;
 mod properties;
 mod resident;
+mod results;
 mod run;
 mod runtime;
 mod settle;
@@ -82,10 +83,11 @@ pub use electron::{ContentType, Electron, Extra, Message, Parent, Payload, Unrea
 pub use error::{AtomError, Result};
 pub use event::{Event, EventKind, EventStream, Missed};
 pub use fan_out::{Answers, ChildError, End, FanOut, FanOutError, Group, Lenient, Member, Partial};
-pub use id::{AtomId, ConductorId, ElectronId, InvalidId, NodeId, ReplyTo};
+pub use id::{AtomId, ConductorId, ElectronId, InvalidId, NodeId, ReplyTo, ResultsId};
 pub use memory::Memory;
 pub use policy::{Backoff, Policy};
 pub use properties::{Failure, FailureKind, Properties};
+pub use results::Results;
 pub use runtime::{Atomizer, NodeError};
 pub use spawn::Spawning;
 

@@ -19,8 +19,8 @@ use tokio::{
 };
 
 use crate::{
-    Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, Outcome, ReplyTo, SendError,
-    Session, SessionError, SettleError, Ticket, clock,
+    Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, Outcome, ReplyTo, ResultsId,
+    SendError, Session, SessionError, SettleError, Ticket, clock,
     node::{Node, Stage},
     run::panic_message,
 };
@@ -342,6 +342,22 @@ impl Link {
     ) -> Result<T, SessionError> {
         let answered = answer(session, request).await;
         answered.map_err(|fault| SessionError::lost(self.distrust(session, &fault)))
+    }
+
+    /// Makes a result address, through as many sessions as that takes. The caller bounds the time.
+    pub(crate) async fn make_results(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        let mut pauses = backoff();
+        loop {
+            let Some(session) = self.opened_session().await else {
+                return Err(SendError::Refused(format!("{} is given up", self.id())));
+            };
+            let made = self.ask(&session, session.make_results(id)).await;
+            match made.unwrap_or_else(|error| Err(SendError::Unknown(error.to_string()))) {
+                Err(SendError::Unknown(_) | SendError::NotTaken(_)) => {}
+                made => return made,
+            }
+            sleep(next(&mut pauses)).await;
+        }
     }
 
     /// Settles through a session. The results stand in the order of the batch; what a session does not say is

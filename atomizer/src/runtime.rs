@@ -15,7 +15,7 @@ use tokio::{
 
 use crate::{
     Atom, AtomId, Builder, Call, CallError, ConductorId, Electron, ElectronId, EventKind,
-    EventStream, NodeId, Payload,
+    EventStream, NodeId, Payload, ReplyTo, Results, ResultsId, SendError,
     ask::Asker,
     erased, inbox,
     link::{GaveUp, Link},
@@ -118,6 +118,24 @@ impl Atomizer {
         let payload = erased::encode(&input).map_err(CallError::Encode)?;
         let electron = Electron::new(AtomId::of::<A>(), payload);
         self.asker().send_bounded(electron, delay).await
+    }
+
+    /// Makes sure of a result address, and returns it: an electron whose [`reply_to`](Electron::reply_to) it is has its
+    /// outcome sent there, to wait until somebody [reads](Self::results) it.
+    ///
+    /// # Errors
+    /// [`SendError`] when it is not known within 30 s to be there; [`SendError::Refused`] where the conductor has none.
+    ///
+    /// # Cancel safety
+    /// Safe: it is made or not.
+    pub async fn result_address(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        self.asker().result_address(id).await
+    }
+
+    /// Reads the outcomes that are sent to a result address, whoever asked, and makes it if there is none.
+    #[must_use]
+    pub fn results(&self, id: ResultsId) -> Results {
+        Results::new(self.asker(), id)
     }
 
     /// Sends an electron as it is, under its own id. When this returns it is safe.

@@ -6,13 +6,11 @@ use futures::{Stream, StreamExt};
 
 use crate::{
     Address, Atom, AtomId, CallError, ChildError, Context, Electron, ElectronId, Envelope, Message,
-    Payload, ReplyTo, SendError, erased,
+    Payload, ReplyTo, SendError, ask::SEND_TIMEOUT, erased,
 };
 
 /// How many are made safe together.
 const BATCH: usize = 256;
-/// How long one batch may take.
-const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How children are sent that this run does not wait for. Made by [`Context::spawning`].
 ///
@@ -36,7 +34,8 @@ impl<'cx> Spawning<'cx> {
         self
     }
 
-    /// Has their outcomes sent to an address, such as that of a queue that another process reads.
+    /// Has their outcomes sent to an address, such as a [result address](Context::result_address) that another process
+    /// reads.
     pub fn results_to(mut self, address: ReplyTo) -> Self {
         self.results_to = Some(address);
         self

@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     Address, AtomId, Census, Delivery, Electron, Envelope, Epoch, Limits, Message, Outcome,
-    Release, ReplyTo, SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
+    Release, ReplyTo, ResultsId, SendError, Session, SessionError, SettleError, Source,
+    Subscription, Ticket,
 };
 
 pub(super) struct MemorySession {
@@ -230,6 +231,11 @@ impl MemorySession {
     }
 }
 
+/// No node has a blank in its name.
+fn result_address(id: &ResultsId) -> ReplyTo {
+    ReplyTo::new(format!("results {id}"))
+}
+
 #[async_trait]
 impl Session for MemorySession {
     fn limits(&self) -> Limits {
@@ -249,6 +255,7 @@ impl Session for MemorySession {
         let queue = match source {
             Source::Atom(atom) => QueueName::Atom(atom),
             Source::Inbox => QueueName::Inbox(self.reply_to.clone()),
+            Source::Results(id) => QueueName::Inbox(result_address(&id)),
         };
         let bell = Arc::new(Notify::new());
         let lane = Arc::new(Lane {
@@ -319,6 +326,12 @@ impl Session for MemorySession {
         Ok(queue.map_or(Census::new(0, 0), |queue| {
             Census::new(queue.len() as u64, queue.subscribers.len() as u64)
         }))
+    }
+
+    async fn make_results(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        let address = result_address(id);
+        self.broker.lock().queues.entry(QueueName::Inbox(address.clone())).or_default();
+        Ok(address)
     }
 
     async fn ended(&self) -> SessionError {

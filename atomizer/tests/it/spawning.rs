@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use atomizer::{EventKind, SendError, prelude::*};
+use atomizer::{EventKind, ResultsId, SendError, prelude::*};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -43,8 +43,10 @@ enum Order {
     SpawnTooMuch,
     Later,
     All(u64),
+    Report(u64),
 }
 
+const RESULTS: ResultsId = ResultsId::from_static("notes");
 const BYTES_MAX: usize = 1000;
 const DELAY: Duration = Duration::from_secs(5);
 
@@ -61,6 +63,11 @@ impl Atom for Parent {
         match order {
             Order::All(children) => {
                 return Ok(cx.spawn_all::<Note>(0..children).await?.to_string());
+            }
+            Order::Report(children) => {
+                let results_to = cx.result_address(&RESULTS).await?;
+                let spawning = cx.spawning().results_to(results_to);
+                return Ok(spawning.all::<Note>(0..children).await?.to_string());
             }
             Order::Later => drop(cx.spawning().after(DELAY).on_success::<Note>(3)?),
             Order::SpawnTooMuch => {
@@ -97,8 +104,11 @@ impl Atom for Words {
 }
 
 async fn start() -> (Atomizer, Note) {
+    start_on(Memory::new().payload_bytes_max(BYTES_MAX)).await
+}
+
+async fn start_on(memory: Memory) -> (Atomizer, Note) {
     let note = Note::default();
-    let memory = Memory::new().payload_bytes_max(BYTES_MAX);
     let builder = Atomizer::builder().conductor(memory).atom(Parent).atom(note.clone());
     (builder.start().await.unwrap(), note)
 }
@@ -157,4 +167,32 @@ async fn what_could_never_be_sent_is_refused_when_it_is_spawned() {
     let too_large = SendError::TooLarge { bytes: BYTES_MAX + 2, bytes_max: BYTES_MAX };
     assert_eq!(said, too_large.to_string());
     atomizer.drain().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn outcomes_wait_at_a_result_address_for_whoever_reads_them() {
+    let memory = Memory::new();
+    let (asker, _) = start_on(memory.clone()).await;
+    let events = asker.events();
+    assert_eq!(asker.call::<Parent>(Order::Report(100)).await.unwrap(), "100");
+    end(asker, events, 100).await;
+    let reader = Atomizer::builder().conductor(memory.clone()).start().await.unwrap();
+    let mut seen = std::collections::HashSet::new();
+    {
+        let mut results = reader.results(RESULTS);
+        for _ in 0..50 {
+            assert!(seen.insert(results.next().await.unwrap().electron), "each comes once");
+        }
+    }
+    // The last that was returned was not done with.
+    let mut results = reader.results(RESULTS);
+    let mut again = 0;
+    for _ in 0..51 {
+        again += usize::from(!seen.insert(results.next().await.unwrap().electron));
+    }
+    results.done().await;
+    assert_eq!((seen.len(), again), (100, 1));
+    let (ended, none) = tokio::join!(reader.drain(), results.next());
+    ended.unwrap();
+    assert!(none.is_none(), "a node that drains reads no more");
 }

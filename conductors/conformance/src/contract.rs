@@ -10,7 +10,7 @@ use std::{
 
 use atomizer::{
     Address, Delivery, Electron, ElectronId, Envelope, Extra, Failure, FailureKind, Message,
-    Outcome, Parent, Payload, Properties, ReplyTo, SendError, SettleError, Ticket,
+    Outcome, Parent, Payload, Properties, ReplyTo, ResultsId, SendError, SettleError, Ticket,
 };
 
 use crate::{
@@ -678,4 +678,33 @@ pub async fn a_delayed_electron_does_not_come_before_its_time(world: &impl World
     node.settle(delivery.ticket, Vec::new()).await.expect("it is settled");
     assert_eq!(taker.electron().await.0.id, next);
     assert!(begun.elapsed() >= DELAY * 2, "it came after {:?}", begun.elapsed());
+}
+
+/// What is sent to a result address is there for another process, when who asked and who answered are gone.
+pub async fn a_result_address_keeps_outcomes_until_they_are_read(world: &impl World) {
+    let id = ResultsId::from_static("conformance.results");
+    let asker = Node::new(world, "asker").await;
+    let made = soon("making a result address", asker.session.make_results(&id)).await;
+    let address = made.expect("the address is there");
+    let again = soon("making it again", asker.session.make_results(&id)).await;
+    assert_eq!(again.as_ref(), Ok(&address), "it is there, and has the same name");
+    let asked = electron("question");
+    let outcome = answer(&asked, &asker.id, &address);
+    asker.post(outcome.to.clone(), outcome.message.clone()).await.expect("the outcome is safe");
+    asker.close().await;
+    let reader = Node::new(world, "reader").await;
+    let (seen, ticket) = reader.results(&id).await.answer().await;
+    assert_eq!(seen.electron, asked.id);
+    // Whoever was to read it is gone.
+    drop(ticket);
+    reader.close().await;
+    let reader = Node::new(world, "reader").await;
+    let mut results = reader.results(&id).await;
+    let (seen, ticket) = results.answer().await;
+    assert_eq!(seen.electron, asked.id, "it comes again");
+    reader.settle(ticket, Vec::new()).await.expect("it is settled");
+    let last = answer(&electron("last"), &reader.id, &address);
+    reader.post(last.to.clone(), last.message.clone()).await.expect("the outcome is safe");
+    let (seen, _) = results.answer().await;
+    assert_ne!(seen.electron, asked.id, "what is read is gone");
 }

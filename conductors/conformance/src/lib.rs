@@ -89,6 +89,7 @@ macro_rules! conformance_tests {
             what_is_taken_does_not_come_again
             the_census_counts
             a_delayed_electron_does_not_come_before_its_time
+            a_result_address_keeps_outcomes_until_they_are_read
         }
     };
     ($world:expr; $($rule:ident)*) => {

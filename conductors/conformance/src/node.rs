@@ -4,8 +4,8 @@ use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use atomizer::{
     Address, AtomId, Census, Delivery, Electron, ElectronId, Envelope, Failure, FailureKind,
-    Message, NodeId, Outcome, Payload, Properties, ReplyTo, SendError, Session, SettleError,
-    Source, Subscription, Ticket,
+    Message, NodeId, Outcome, Payload, Properties, ReplyTo, ResultsId, SendError, Session,
+    SettleError, Source, Subscription, Ticket,
 };
 
 use crate::World;
@@ -54,6 +54,11 @@ impl Node {
 
     pub(crate) async fn inbox(&self) -> Taker {
         self.subscribe(Source::Inbox, 16).await
+    }
+
+    /// Reads from a result address.
+    pub(crate) async fn results(&self, id: &ResultsId) -> Taker {
+        self.subscribe(Source::Results(id.clone()), 16).await
     }
 
     async fn subscribe(&self, source: Source, window: usize) -> Taker {

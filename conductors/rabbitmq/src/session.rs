@@ -14,7 +14,8 @@ use std::{
 use async_trait::async_trait;
 use atomizer::{
     Address as To, AtomId, Census, Electron, Envelope, Epoch, Limits, Message, NodeId, OpenError,
-    Outcome, ReplyTo, SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
+    Outcome, ReplyTo, ResultsId, SendError, Session, SessionError, SettleError, Source,
+    Subscription, Ticket,
 };
 use futures::future::join_all;
 use lapin::{
@@ -472,6 +473,7 @@ impl Session for RabbitSession {
         source: Source,
         window: NonZeroUsize,
     ) -> Result<Box<dyn Subscription>, SessionError> {
+        let is_inbox = source == Source::Inbox;
         let (queue, atom) = match source {
             Source::Atom(atom) => {
                 self.declare_atom(&atom).await.map_err(SessionError::lost)?;
@@ -485,13 +487,19 @@ impl Session for RabbitSession {
                 self.life.bound(REQUEST_TIMEOUT, making).await?;
                 (inbox, None)
             }
+            Source::Results(id) => {
+                let making =
+                    self.declarer.make(self.topology.declare_results(&self.consuming, &id));
+                making.await.map_err(SessionError::lost)?;
+                (self.topology.results_queue(&id), None)
+            }
             other => return Err(SessionError::lost(format!("{other:?} is not supported"))),
         };
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
         let Some((channel, consumer)) = self.consume(&queue, prefetch).await? else {
-            return Err(if atom.is_some() { silent(&queue) } else { self.inbox_is_silent().await });
+            return Err(if is_inbox { self.inbox_is_silent().await } else { silent(&queue) });
         };
-        if atom.is_none() {
+        if is_inbox {
             self.inbox_silences.store(0, Ordering::Relaxed);
             for trial in self.options.inboxes.trials() {
                 self.spawn(self.delete_trial(trial));
@@ -503,7 +511,7 @@ impl Session for RabbitSession {
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
-        let missed = atom.is_none() && self.options.inboxes.take_lost(&self.node);
+        let missed = is_inbox && self.options.inboxes.take_lost(&self.node);
         Ok(Box::new(LaneSubscription {
             id,
             channel,
@@ -593,6 +601,11 @@ impl Session for RabbitSession {
             drop(parked.send(result));
         });
         result.await.unwrap_or_else(|_| Err(channel_ended()))
+    }
+
+    async fn make_results(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        self.declarer.make(self.topology.declare_results(&self.consuming, id)).await?;
+        Ok(ReplyTo::new(self.topology.results_queue(id)))
     }
 
     async fn census(&self, atom: &AtomId) -> Result<Census, SessionError> {

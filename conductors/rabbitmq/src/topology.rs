@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use atomizer::{Address, AtomId, ConductorId, Epoch, InvalidId, NodeId, SendError};
+use atomizer::{Address, AtomId, ConductorId, Epoch, InvalidId, NodeId, ResultsId, SendError};
 use lapin::{
     Channel, Connection, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueDeclareOptions},
@@ -92,6 +92,10 @@ impl Topology {
 
     pub(crate) fn inbox_queue(&self, node: &NodeId) -> String {
         format!("{}.inbox.{node}", self.namespace)
+    }
+
+    pub(crate) fn results_queue(&self, id: &ResultsId) -> String {
+        format!("{}.results.{id}", self.namespace)
     }
 
     /// The name of a queue that is like an inbox: of one session, which tries with it whether another inbox would do.
@@ -182,6 +186,26 @@ impl Topology {
         let mut inbox = quorum();
         inbox.insert("x-expires".into(), milliseconds(INBOX_EXPIRES));
         declare_queue(connection, name, inbox).await
+    }
+
+    /// Makes sure of a result address. It is read by its name, so it is bound to nothing.
+    pub(crate) async fn declare_results(
+        &self,
+        connection: &Connection,
+        id: &ResultsId,
+    ) -> lapin::Result<()> {
+        let queue = self.results_queue(id);
+        match self.mode {
+            TopologyMode::None => Ok(()),
+            TopologyMode::Passive => {
+                let look = async |channel: &Channel| look(channel, &[], &[&queue]).await;
+                on_own_channel(connection, look).await
+            }
+            TopologyMode::Declare => {
+                let arguments = dead_lettering(&self.namespace, Some(DEAD_KEY));
+                declare_queue(connection, &queue, arguments).await
+            }
+        }
     }
 
     /// Declares a lease queue and the exchange before it.

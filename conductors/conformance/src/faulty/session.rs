@@ -5,7 +5,7 @@ use std::{fmt, num::NonZeroUsize, sync::Arc};
 use async_trait::async_trait;
 use atomizer::{
     Address, AtomId, Census, Delivery, Electron, Envelope, Limits, Message, Outcome, ReplyTo,
-    SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
+    ResultsId, SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,
 };
 
 use super::{
@@ -97,6 +97,12 @@ fn unknown() -> SettleError {
 
 #[async_trait]
 impl Session for FaultySession {
+    async fn make_results(&self, id: &ResultsId) -> Result<ReplyTo, SendError> {
+        let make = |inner: Arc<dyn Session>| async move { inner.make_results(id).await };
+        let made = self.life.within(make).await;
+        made.unwrap_or_else(|error| Err(SendError::Unknown(error.to_string())))
+    }
+
     fn limits(&self) -> Limits {
         self.faults.now(Op::Limits);
         self.limits
