@@ -4,6 +4,9 @@
 //! every electron that has not started: what is under way is finished before more is begun, and that bounds
 //! how much can be under way.
 //!
+//! Or it lends its permit to one of them, which runs in its place then: where so many parents wait already that more
+//! would take up too much memory.
+//!
 //! The permit of a singleton is of two parts. While it waits it gives back the node's part only: its place is
 //! kept, so that no other instance runs until it has truly ended.
 
@@ -11,8 +14,8 @@ use std::{
     collections::VecDeque,
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
 };
 
@@ -23,10 +26,12 @@ use crate::{Options, run::Waits};
 /// The permits of one node.
 pub(crate) struct Admission {
     state: Mutex<State>,
+    /// How many parents wait for their children.
+    waiting: AtomicUsize,
 }
 
 /// Names an atom within the admission of its node.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lane(usize);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +63,12 @@ struct LaneState {
 impl Admission {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
         let state = State { free: capped(limit), lanes: Vec::new(), next_lane: 0 };
-        Arc::new(Self { state: Mutex::new(state) })
+        Arc::new(Self { state: Mutex::new(state), waiting: AtomicUsize::new(0) })
+    }
+
+    /// Returns how many parents wait for their children, those included that have lent them their permits.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Adds an atom with its own limit. `keeps` says that who waits keeps its place.
@@ -214,6 +224,25 @@ impl Permit {
             place: true,
         })
     }
+
+    /// Turns into a permit of another lane, or stays what it is where that has no room.
+    fn turn_to(mut self, lane: Lane, priority: Priority) -> Result<Self, Self> {
+        let admission = Arc::clone(&self.admission);
+        let mut state = admission.lock();
+        let to = &mut state.lanes[lane.0];
+        let place = to.gives_place(priority);
+        if (lane, place) == (self.lane, self.place) {
+            return Ok(self);
+        }
+        if place && to.free <= 0 {
+            return Err(self);
+        }
+        to.free -= isize::from(place);
+        state.lanes[self.lane.0].free += isize::from(self.place);
+        (self.lane, self.place) = (lane, place);
+        admission.serve(state);
+        Ok(self)
+    }
 }
 
 impl Drop for Permit {
@@ -237,6 +266,8 @@ pub(crate) struct Slot {
     resuming: tokio::sync::Mutex<()>,
     /// Who is told when it gives back its permit for a while.
     waits: Option<Waits>,
+    /// The parent that has lent the permit.
+    lender: Option<Weak<Self>>,
 }
 
 impl Slot {
@@ -263,13 +294,62 @@ impl Slot {
             polls: AtomicU32::new(0),
             resuming: tokio::sync::Mutex::new(()),
             waits: None,
+            lender: None,
         }
     }
 
-    /// Takes the permit away for good: the run is given up, whether it has ended or not.
+    /// Lends the permit to a child, whose slot it returns. None where there is no permit to lend, or the child's lane
+    /// has no room.
+    pub(crate) fn lend(self: &Arc<Self>, lane: Lane) -> Option<Arc<Self>> {
+        let permit = self.part_with_permit(|_kept, _counted| Place::Lent { _kept, _counted })?;
+        let permit = match permit.turn_to(lane, Priority::Start) {
+            Ok(permit) => permit,
+            Err(permit) => {
+                self.take_back(Some(permit));
+                return None;
+            }
+        };
+        self.waits.iter().for_each(Waits::tell);
+        let admission = Some((Arc::clone(&permit.admission), lane));
+        let lender = Some(Arc::downgrade(self));
+        let place = Place::Running { permit, _kept: None };
+        Some(Arc::new(Self { admission, lender, ..Self::with(place) }))
+    }
+
+    /// Takes the permit away for good: the run is given up, whether it has ended or not. What was lent is returned.
     pub(crate) fn revoke(&self) {
         let revoked = std::mem::replace(&mut *self.lock(), Place::Revoked);
-        drop(revoked);
+        let Some(lender) = self.lender.as_ref().and_then(Weak::upgrade) else { return };
+        match revoked {
+            Place::Running { permit, .. } => lender.take_back(Some(permit)),
+            // A permit that it lent in turn, or queues for, never gets as far as its lender.
+            Place::Waiting { .. } | Place::Lent { .. } => lender.take_back(None),
+            Place::Revoked => {}
+        }
+    }
+
+    /// The child is over, or given up: holds a permit again, or is to queue for one.
+    fn take_back(&self, permit: Option<Permit>) {
+        let Some((_, lane)) = self.admission else { return };
+        let permit = permit.and_then(|permit| permit.turn_to(lane, Priority::Resume).ok());
+        let mut place = self.lock();
+        let now = std::mem::replace(&mut *place, Place::Revoked);
+        let unwanted = match (now, permit) {
+            (Place::Lent { _kept, .. }, Some(permit)) => {
+                *place = Place::Running { permit, _kept };
+                None
+            }
+            (Place::Lent { _kept, _counted }, None) => {
+                *place = Place::Waiting { _kept, _counted };
+                None
+            }
+            (other, permit) => {
+                *place = other;
+                permit
+            }
+        };
+        drop(place);
+        drop(unwanted);
     }
 
     pub(crate) fn polling(&self) {
@@ -316,30 +396,32 @@ impl Slot {
     }
 
     /// Gives the permit back for a while, all but the place that is kept.
-    fn pause(&self) {
+    pub(crate) fn pause(&self) {
+        let permit = self.part_with_permit(|_kept, _counted| Place::Waiting { _kept, _counted });
+        if let Some(permit) = permit {
+            drop(permit);
+            self.waits.iter().for_each(Waits::tell);
+        }
+    }
+
+    /// Takes the permit out, if there is one. Dropping it serves others: not under the lock.
+    fn part_with_permit(&self, to: fn(Option<Permit>, Counted) -> Place) -> Option<Permit> {
         let mut place = self.lock();
-        let now = std::mem::replace(&mut *place, Place::Revoked);
-        let given_back = match now {
+        match std::mem::replace(&mut *place, Place::Revoked) {
             Place::Running { permit, _kept } => {
-                *place = Place::Waiting { _kept };
+                *place = to(_kept, Counted::new(&permit.admission));
                 Some(permit)
             }
             other => {
                 *place = other;
                 None
             }
-        };
-        // Dropping a permit serves others: not under this lock.
-        drop(place);
-        if let Some(permit) = given_back {
-            drop(permit);
-            self.waits.iter().for_each(Waits::tell);
         }
     }
 
     /// Whether the run waits, without a permit.
     pub(crate) fn is_waiting(&self) -> bool {
-        matches!(*self.lock(), Place::Waiting { .. })
+        matches!(*self.lock(), Place::Waiting { .. } | Place::Lent { .. })
     }
 
     /// Goes on with a permit, unless that is not wanted any more: then it is given back.
@@ -347,7 +429,7 @@ impl Slot {
         let mut place = self.lock();
         let now = std::mem::replace(&mut *place, Place::Revoked);
         let unwanted = match now {
-            Place::Waiting { _kept } => {
+            Place::Waiting { _kept, .. } | Place::Lent { _kept, .. } => {
                 *place = Place::Running { permit, _kept };
                 None
             }
@@ -372,11 +454,35 @@ enum Place {
         permit: Permit,
         _kept: Option<Permit>,
     },
+    /// Nothing for a while.
     Waiting {
         _kept: Option<Permit>,
+        _counted: Counted,
+    },
+    /// Nothing while a child runs with it.
+    Lent {
+        _kept: Option<Permit>,
+        _counted: Counted,
     },
     /// Nothing, for good.
     Revoked,
+}
+
+/// A parent that waits, as it is counted.
+#[derive(Debug)]
+struct Counted(Arc<Admission>);
+
+impl Counted {
+    fn new(admission: &Arc<Admission>) -> Self {
+        admission.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(admission))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Sees to it that an atom which stops waiting early (a time-out around a call, say) runs with a permit.
@@ -516,5 +622,71 @@ mod tests {
         assert!(admission.try_acquire(lane).is_some(), "it is for others");
         slot.wait(async {}).await;
         assert!(admission.try_acquire(lane).is_some(), "still");
+    }
+
+    #[test]
+    fn what_is_lent_comes_back_and_is_one_permit_all_the_while() {
+        let admission = Admission::new(1);
+        let lane = admission.add_lane(1, false);
+        let parent = Arc::new(Slot::new(admission.try_acquire(lane).unwrap()));
+        let child = parent.lend(lane).expect("it has one");
+        assert!(parent.lend(lane).is_none(), "there is but one");
+        assert_eq!(admission.waiting(), 1);
+        let mut other = admission.acquire(lane, Priority::Start);
+        child.revoke();
+        assert!(other.try_recv().is_err(), "the parent has it again");
+        assert_eq!(admission.waiting(), 0);
+        drop((child, parent));
+        assert!(other.try_recv().is_ok());
+    }
+
+    #[test]
+    fn a_child_of_another_lane_runs_within_the_limit_of_that() {
+        let admission = Admission::new(3);
+        let (of_parent, of_child) = (admission.add_lane(1, false), admission.add_lane(1, false));
+        let parent = Arc::new(Slot::new(admission.try_acquire(of_parent).unwrap()));
+        let busy = admission.try_acquire(of_child).unwrap();
+        assert!(parent.lend(of_child).is_none(), "its lane is full");
+        assert!(!parent.is_waiting(), "and the parent runs");
+        drop(busy);
+        let child = parent.lend(of_child).unwrap();
+        assert!(admission.try_acquire(of_child).is_none());
+        let second = admission.try_acquire(of_parent).expect("who waits leaves its place");
+        child.revoke();
+        assert!(parent.is_waiting(), "its place is taken meanwhile");
+        drop(second);
+        assert!(admission.try_acquire(of_child).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_child_that_waits_gives_the_permit_to_others_and_its_parent_queues() {
+        let admission = Admission::new(1);
+        let lane = admission.add_lane(1, false);
+        let parent = Arc::new(Slot::new(admission.try_acquire(lane).unwrap()));
+        let child = parent.lend(lane).unwrap();
+        let over = async {
+            let waits = Box::pin(child.wait(std::future::pending::<()>()));
+            assert!(futures::poll!(waits).is_pending());
+            child.pause();
+            drop(admission.try_acquire(lane).expect("it is free while the child waits"));
+            child.revoke();
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(10), parent.wait(over))
+            .await
+            .expect("it goes on");
+        assert!(admission.try_acquire(lane).is_none(), "it was taken again");
+    }
+
+    #[test]
+    fn what_a_parent_lent_that_is_given_up_is_for_others() {
+        let admission = Admission::new(1);
+        let lane = admission.add_lane(1, false);
+        let parent = Arc::new(Slot::new(admission.try_acquire(lane).unwrap()));
+        let child = parent.lend(lane).unwrap();
+        parent.revoke();
+        assert_eq!(admission.waiting(), 0);
+        assert!(admission.try_acquire(lane).is_none(), "the child runs");
+        child.revoke();
+        assert!(admission.try_acquire(lane).is_some());
     }
 }

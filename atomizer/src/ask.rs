@@ -197,17 +197,32 @@ impl Asker {
         })
     }
 
+    /// Asks and waits for the answer, without the permit of who asks: that is given back, or lent to the child.
     async fn ask(
         &self,
         electron: Arc<Electron>,
         deadline: Duration,
+        slot: Option<&Arc<Slot>>,
     ) -> Result<Arc<Properties>, CallError> {
         let id = electron.id;
-        let (tx, rx) = oneshot::channel();
+        let (tx, mut rx) = oneshot::channel();
         let token = self.node.pending.insert(&electron, Waiter::Call(tx));
         let _forget = Forget { node: &self.node, id, token };
+        let inline = slot.filter(|_| self.is_crowded());
+        let inline = inline.and_then(|slot| Some((slot, self.run_inline(slot, &electron)?)));
         let answered = async {
-            let mut rx = rx;
+            if let Some((slot, mut inline)) = inline {
+                let was_run = inline.over().await;
+                drop(inline);
+                if let Ok(answer) = rx.try_recv() {
+                    return Ok(answer);
+                }
+                // It is tried again elsewhere, or later.
+                slot.pause();
+                if was_run {
+                    return rx.await.map_err(|_| CallError::Stopped);
+                }
+            }
             tokio::select! {
                 biased;
                 // The answer may be here before the send is confirmed; or the node has stopped.
@@ -218,7 +233,12 @@ impl Asker {
             }
             rx.await.map_err(|_| CallError::Stopped)
         };
-        timeout(deadline, answered).await.unwrap_or(Err(CallError::Deadline { id, deadline }))
+        let answered = timeout(deadline, answered);
+        let answer = match slot {
+            Some(slot) => slot.wait(answered).await,
+            None => answered.await,
+        };
+        answer.unwrap_or(Err(CallError::Deadline { id, deadline }))
     }
 }
 
@@ -253,7 +273,7 @@ impl Drop for Forget<'_> {
 pub struct Call<'cx, T> {
     asker: Asker,
     /// The permit to give back while waiting, when an atom asks.
-    slot: Option<&'cx Slot>,
+    slot: Option<&'cx Arc<Slot>>,
     electron: Result<Electron, CallError>,
     deadline: Duration,
     decode: fn(&Payload) -> Result<T, serde_json::Error>,
@@ -266,7 +286,7 @@ impl<'cx, T> Call<'cx, T> {
 
     pub(crate) fn new(
         asker: Asker,
-        slot: Option<&'cx Slot>,
+        slot: Option<&'cx Arc<Slot>>,
         electron: Result<Electron, CallError>,
         decode: fn(&Payload) -> Result<T, serde_json::Error>,
     ) -> Self {
@@ -314,11 +334,7 @@ impl<'cx, T> Call<'cx, T> {
         let mut electron = self.electron?;
         let wanted = electron.deadline.map_or(self.deadline, |left| left.min(self.deadline));
         electron.deadline = Some(wanted);
-        let asking = self.asker.ask(Arc::new(electron), self.deadline);
-        let properties = match self.slot {
-            Some(slot) => slot.wait(asking).await?,
-            None => asking.await?,
-        };
+        let properties = self.asker.ask(Arc::new(electron), self.deadline, self.slot).await?;
         match &properties.outcome {
             Ok(payload) => (self.decode)(payload).map_err(CallError::Decode),
             // The node that had it noticed first.

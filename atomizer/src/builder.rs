@@ -52,6 +52,8 @@ impl Builder {
     pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
     /// How many starts under suspicion an electron has unless told otherwise.
     pub const LIVES_DEFAULT: u32 = 5;
+    /// How many parents wait for their children on a node, unless told otherwise, before children run inline.
+    pub const WAITING_MAX_DEFAULT: usize = 10_000;
 
     pub(crate) fn new() -> Self {
         Self {
@@ -64,6 +66,7 @@ impl Builder {
                 policy: Policy::fail(),
                 lives_max: Self::LIVES_DEFAULT,
                 stuck_max: cores(),
+                waiting_max: Self::WAITING_MAX_DEFAULT,
             },
             connect_timeout: Some(Self::CONNECT_TIMEOUT_DEFAULT),
             give_up_after: None,
@@ -153,6 +156,18 @@ impl Builder {
     /// thread that atoms have. [Blocking](Options::blocking) atoms, which have threads of their own, do not count.
     pub fn stuck_max(mut self, runs: usize) -> Self {
         self.rules.stuck_max = runs.max(1);
+        self
+    }
+
+    /// Sets how many parents may wait for their children at once on this node; 0 and more. Where there are so many, a
+    /// parent runs its next children inline: in its own slot, one after the other, and theirs likewise. That bounds
+    /// the memory that a tree of atoms takes, however wide it is. The default is
+    /// [`WAITING_MAX_DEFAULT`](Self::WAITING_MAX_DEFAULT).
+    ///
+    /// Children of singletons, of atoms that this node does not have, and of those whose limit is reached go through
+    /// the queue all the same.
+    pub fn waiting_max(mut self, parents: usize) -> Self {
+        self.rules.waiting_max = parents;
         self
     }
 

@@ -53,6 +53,7 @@ mod fan_out;
 mod home;
 mod id;
 mod inbox;
+mod inline;
 mod instance;
 mod intake;
 mod life;

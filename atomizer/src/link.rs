@@ -13,14 +13,16 @@ use std::{
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use futures::FutureExt;
+use rustc_hash::FxHashMap;
 use tokio::{
     sync::{Notify, watch},
     time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::{
-    Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, Outcome, ReplyTo, ResultsId,
-    SendError, Session, SessionError, SettleError, Ticket, clock,
+    AtomId, Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, Outcome, ReplyTo,
+    ResultsId, SendError, Session, SessionError, SettleError, Ticket, clock,
+    inline::Handing,
     node::{Node, Stage},
     run::panic_message,
 };
@@ -45,6 +47,8 @@ pub(crate) struct Link {
     session: watch::Sender<Option<SharedSession>>,
     /// Where this node is answered, and how much an answer may be: known with the first session.
     inbox: OnceLock<(ReplyTo, Limits)>,
+    /// Where the children of each atom are handed to that may run inline: all but singletons.
+    handings: OnceLock<FxHashMap<AtomId, Handing>>,
     give_up_after: Option<Duration>,
     faults: Faults,
 }
@@ -133,6 +137,7 @@ impl Link {
             conductor,
             session: watch::Sender::new(None),
             inbox: OnceLock::new(),
+            handings: OnceLock::new(),
             give_up_after,
             faults: Faults::default(),
         }
@@ -157,6 +162,15 @@ impl Link {
 
     pub(crate) fn limits(&self) -> Limits {
         self.inbox().1
+    }
+
+    /// Says where children are handed to, once the workers are there.
+    pub(crate) fn set_handings(&self, handings: FxHashMap<AtomId, Handing>) {
+        self.handings.get_or_init(|| handings);
+    }
+
+    pub(crate) fn handing(&self, atom: &AtomId) -> Option<&Handing> {
+        self.handings.get()?.get(atom)
     }
 
     fn inbox(&self) -> &(ReplyTo, Limits) {

@@ -37,6 +37,8 @@ pub(crate) struct Rules {
     pub(crate) lives_max: u32,
     /// How many runs that do not stop make the node give up.
     pub(crate) stuck_max: usize,
+    /// How many parents may wait before children run inline.
+    pub(crate) waiting_max: usize,
 }
 
 impl Node {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use futures::future::join_all;
+use rustc_hash::FxHashMap;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinSet,
@@ -15,7 +16,7 @@ use tokio::{
 
 use crate::{
     Atom, AtomId, Builder, Call, CallError, ConductorId, Electron, ElectronId, EventKind,
-    EventStream, NodeId, Payload, ReplyTo, Results, ResultsId, SendError,
+    EventStream, Kind, NodeId, Payload, ReplyTo, Results, ResultsId, SendError,
     ask::Asker,
     erased, inbox,
     link::{GaveUp, Link},
@@ -283,9 +284,15 @@ impl Supervisor {
             tx
         };
         let asker = Asker { node: Arc::clone(&self.node), link: Arc::clone(link) };
+        let mut handings = FxHashMap::default();
         for atom in atoms {
-            self.workers.spawn(Worker::new(asker.clone(), atom.clone(), try_to_subscribe()).run());
+            let worker = Worker::new(asker.clone(), atom.clone(), try_to_subscribe());
+            if atom.kind != Kind::Singleton {
+                handings.insert(atom.id.clone(), worker.handing());
+            }
+            self.workers.spawn(worker.run());
         }
+        link.set_handings(handings);
         let (link, node) = (Arc::clone(link), Arc::clone(&self.node));
         self.links.spawn(async move { link.run(&node).await });
         self.inboxes.spawn(inbox::run(asker, try_to_subscribe()));
@@ -521,7 +528,7 @@ mod tests {
         let events = Events::new(id.clone());
         let mut watched = events.subscribe();
         let (stage_tx, stage) = watch::channel(Stage::Running);
-        let rules = Rules { policy: Policy::fail(), lives_max: 5, stuck_max: 1 };
+        let rules = Rules { policy: Policy::fail(), lives_max: 5, stuck_max: 1, waiting_max: 1 };
         let node = Node::new(id, Admission::new(1), events, stage, Threads::here(), rules);
         let link =
             Arc::new(Link::new(ConductorId::from_static("memory"), Arc::new(Memory::new()), None));

@@ -4,11 +4,13 @@
 //! the atoms' futures, so that a panic, an error and a time limit all come back to the task that settles.
 //!
 //! This file has the loop. What follows from each step is in the files beside it, in the order of a life:
-//! [`arrive`], [`begin`], [`leave`], and [`time`] for what comes by itself; [`park`] for what takes long.
+//! [`arrive`], [`begin`], [`leave`], and [`time`] for what comes by itself; [`park`] for what takes long, [`inline`] for
+//! what comes from a parent instead of the queue.
 
 mod arrive;
 mod begin;
 mod held;
+mod inline;
 mod leave;
 mod park;
 mod time;
@@ -34,6 +36,7 @@ use crate::{
     SettleError, Source,
     admission::{Lane, Permit},
     ask::Asker,
+    inline::{Handed, Handing},
     intake::{Intake, Taken},
     life::{Fact, State},
     node::Stage,
@@ -94,6 +97,9 @@ pub(crate) struct Worker {
     finished: mpsc::UnboundedReceiver<Reported>,
     finish: mpsc::UnboundedSender<Reported>,
     reports: Vec<Reported>,
+    /// Children that are to run inline.
+    handed: mpsc::UnboundedReceiver<Handed>,
+    hand: mpsc::UnboundedSender<Handed>,
     /// What a conductor was asked and has not answered.
     asked: FuturesUnordered<BoxFuture<'static, Step>>,
     draining: bool,
@@ -118,6 +124,7 @@ enum Step {
     Admitted(Permit),
     /// So many runs finished; they are in [`Worker::reports`].
     Finished(usize),
+    Handed(Handed),
     Settled(Settled),
     /// A suspect's turn has come, and that is written; or its ticket is no good any more.
     Written(Option<(Held, Permit)>),
@@ -142,6 +149,11 @@ impl Worker {
         let settler = Settler { asker: asker.clone(), atom: atom.id.clone() };
         #[expect(clippy::disallowed_methods, reason = "each run in flight puts in one report")]
         let (finish, finished) = mpsc::unbounded_channel();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "each permit puts in one child at a time, and each child one word that it is not wanted"
+        )]
+        let (hand, handed) = mpsc::unbounded_channel();
         let next_tick = Instant::now() + TICK;
         Self {
             asker,
@@ -167,9 +179,16 @@ impl Worker {
             finished,
             finish,
             reports: Vec::new(),
+            handed,
+            hand,
             asked: FuturesUnordered::new(),
             draining: false,
         }
+    }
+
+    /// Returns where parents hand children to this worker.
+    pub(crate) fn handing(&self) -> Handing {
+        Handing { lane: self.atom.lane, to: self.hand.clone() }
     }
 
     /// Works until the node drains and all is settled, or until it aborts.
@@ -191,6 +210,7 @@ impl Worker {
                 Step::Taken(Taken::Missed) => {}
                 Step::Admitted(permit) => self.on_admitted(permit),
                 Step::Finished(count) => self.on_finished(count),
+                Step::Handed(handed) => self.on_handed(handed),
                 Step::Settled(settled) => self.on_settled(settled),
                 Step::Written(begins) => self.on_written(begins),
                 Step::Served(elsewhere) => self.on_served(elsewhere),
@@ -218,6 +238,7 @@ impl Worker {
             stage = reached => Step::Reached(stage),
             Some(step) = self.asked.next() => step,
             count = self.finished.recv_many(&mut self.reports, BATCH_MAX) => Step::Finished(count),
+            Some(handed) = self.handed.recv() => Step::Handed(handed),
             () = &mut self.alarm, if alarmed => Step::Alarm,
             Ok(permit) = queued(self.queued.as_mut()) => Step::Admitted(permit),
             step = turn(self.turn.as_mut()) => step,
@@ -304,7 +325,8 @@ impl Worker {
         let mut batch = Vec::new();
         for (_, begun) in std::mem::take(&mut self.begun) {
             let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
-            if held.ticket.is_none() {
+            // What was handed over ends with its parent, which comes again and asks it again.
+            if held.ticket.is_none() && !held.inline {
                 let failure = Failure::new(FailureKind::Error, "its node stopped before it ended");
                 let failure = self.stamp(failure, &held.electron);
                 batch.extend(self.fail(held, Began::now(), &failure, true));

@@ -50,7 +50,8 @@ impl Worker {
             let deadline = left.and_then(|left| now.checked_add(left));
             let (ticket, adopted) = (Some(claim), Vec::new());
             let state = State::Gone;
-            let held = Held { electron, state, ticket, adopted, deadline, alone: None };
+            let inline = false;
+            let held = Held { electron, state, ticket, inline, adopted, deadline, alone: None };
             self.arrive(held, redeliveries, now, &mut unfit);
         }
         self.settle(unfit);

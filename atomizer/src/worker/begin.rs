@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     NODE_STOPS, Step, TICK, Worker,
@@ -12,6 +12,7 @@ use crate::{
     Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
     admission::{Permit, Priority, Slot},
     claim::Claim,
+    inline::WasRun,
     life::{Fact, Leave, State},
     run::{Report, RunId, Waits},
 };
@@ -42,7 +43,7 @@ impl Worker {
         }
     }
 
-    pub(super) fn start(&mut self, mut held: Held, permit: Permit, began: Began) {
+    pub(super) fn start(&mut self, held: Held, permit: Permit, began: Began) {
         let id = held.electron.id;
         if self.is_duplicate_of_once(id) {
             if let Some(claim) = held.ticket {
@@ -59,20 +60,25 @@ impl Worker {
             self.out += first.out();
             return;
         }
-        if held.is_expired(began.instant) {
-            let failure =
-                Failure::new(FailureKind::Expired, "its deadline passed before it was begun");
-            let failure = self.stamp(failure, &held.electron);
-            let asked = held.electron.reply_to.is_some();
-            let dead =
-                held.on(Fact::Expired { asked }) == State::Leaving(Leave::Failed { dead: true });
-            let batch = self.fail(held, began, &failure, dead);
-            return self.settle(batch);
-        }
+        let Some(held) = self.unexpired(held, began) else { return };
         if self.atom.options.is_at_most_once() && held.ticket.is_some() {
             return self.take_for_good(held, permit);
         }
         self.begin(held, permit, began);
+    }
+
+    /// Returns an electron whose deadline is not over; the others fail.
+    pub(super) fn unexpired(&self, mut held: Held, began: Began) -> Option<Held> {
+        if !held.is_expired(began.instant) {
+            return Some(held);
+        }
+        let failure = Failure::new(FailureKind::Expired, "its deadline passed before it was begun");
+        let failure = self.stamp(failure, &held.electron);
+        let asked = held.electron.reply_to.is_some();
+        let dead = held.on(Fact::Expired { asked }) == State::Leaving(Leave::Failed { dead: true });
+        let batch = self.fail(held, began, &failure, dead);
+        self.settle(batch);
+        None
     }
 
     /// Removes an electron from its queue before it is begun, so that it can never be begun again.
@@ -133,7 +139,21 @@ impl Worker {
         self.emit(|atom| EventKind::NotSettled { electron, atom, attempt, reason });
     }
 
-    pub(super) fn begin(&mut self, mut held: Held, permit: Permit, began: Began) {
+    pub(super) fn begin(&mut self, held: Held, permit: Permit, began: Began) {
+        let (electron, run) = (held.electron.id, RunId(self.next_run));
+        let waits = Waits { electron, run, to: self.finish.clone() };
+        let slot = Arc::new(Slot::new(permit).tells(waits));
+        self.run_in(slot, held, None, began);
+    }
+
+    /// Runs an electron in a slot. `over` is for the parent that lent the permit.
+    pub(super) fn run_in(
+        &mut self,
+        slot: Arc<Slot>,
+        mut held: Held,
+        over: Option<oneshot::Sender<WasRun>>,
+        began: Began,
+    ) {
         held.on(Fact::Admitted);
         // A tick that is over while there was nothing to look after. Any other stays, or what comes and goes one
         // by one would put it off for ever.
@@ -145,8 +165,6 @@ impl Worker {
         self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
         let run = RunId(self.next_run);
         self.next_run += 1;
-        let waits = Waits { electron: id, run, to: self.finish.clone() };
-        let slot = Arc::new(Slot::new(permit).tells(waits));
         let context = Context::new(self.asker.clone(), Arc::clone(&held.electron), slot)
             .of_kind(self.atom.kind)
             .until(held.deadline);
@@ -159,7 +177,8 @@ impl Worker {
             self.look_after(id, at);
         }
         self.out += held.out();
-        let running = Running { held, began, limit, run, polls: 0, told: false, listed: false };
+        let (polls, told, listed) = (0, false, false);
+        let running = Running { held, began, limit, run, polls, told, listed, over };
         self.begun.insert(id, Begun::Running(running));
     }
 

@@ -5,12 +5,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
 
 use crate::{
     Electron, ElectronId, Failure, FailureKind,
     claim::Claim,
     clock,
+    inline::WasRun,
     life::{Fact, State},
     run::Run,
     settle::Spent,
@@ -20,8 +24,10 @@ use crate::{
 pub(super) struct Held {
     pub(super) electron: Arc<Electron>,
     pub(super) state: State,
-    /// None once it was taken for good: at most once.
+    /// None once it was taken for good: at most once; and when it is inline.
     pub(super) ticket: Option<Claim>,
+    /// Its parent handed it over: it was in no queue.
+    pub(super) inline: bool,
     /// Deliveries of the same electron that came while it was here: after its session was lost, or because it
     /// was sent twice. One run answers for all, each as it asks.
     pub(super) adopted: Vec<(Arc<Electron>, Claim)>,
@@ -98,6 +104,16 @@ pub(super) struct Running {
     pub(super) told: bool,
     /// It is among the parents that may be parked.
     pub(super) listed: bool,
+    /// Told when it is over, if its parent lent it its permit.
+    pub(super) over: Option<oneshot::Sender<WasRun>>,
+}
+
+impl Running {
+    /// Tells the parent that its permit is free. What came of the run is on its way to it.
+    pub(super) fn tell_over(over: Option<oneshot::Sender<WasRun>>) {
+        // An error says that the parent does not wait any more.
+        drop(over.map(|over| over.send(WasRun)));
+    }
 }
 
 pub(super) struct Overdue {

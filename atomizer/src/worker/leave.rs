@@ -73,7 +73,7 @@ impl Worker {
         result: Option<RunResult>,
         batch: &mut Vec<Settlement>,
     ) {
-        let Running { mut held, began, .. } = running;
+        let Running { mut held, began, over, .. } = running;
         match result {
             Some(Ok(success)) => {
                 held.on(Fact::Succeeded);
@@ -90,6 +90,7 @@ impl Worker {
                 self.asker.node.critical.raise(NodeError::Supervisor(reason.into()));
             }
         }
+        Running::tell_over(over);
     }
 
     pub(super) fn after_failure(

@@ -4,9 +4,9 @@ use tokio::time::Instant;
 
 use super::{
     ALONE_MAX, STUCK_AFTER, TICK, Worker,
-    held::{Begun, Overdue, Running},
+    held::{Begun, Held, Overdue, Running},
 };
-use crate::{ElectronId, EventKind, FailureKind, Kind, error::Failed, life::Fact};
+use crate::{ElectronId, EventKind, FailureKind, Kind, error::Failed, life::Fact, run::Run};
 
 impl Worker {
     pub(super) fn on_alarm(&mut self, now: Instant) {
@@ -44,7 +44,7 @@ impl Worker {
     /// Ends a run for everyone but itself: its slot is free, and its asker is answered, whether it stops or not.
     /// The slot of a singleton waits for the true end.
     pub(super) fn give_up(&mut self, running: Running, kind: FailureKind, now: Instant) {
-        let Running { held, began, limit, mut run, .. } = running;
+        let Running { held, began, limit, run, over, .. } = running;
         let message = match limit {
             Some((at, FailureKind::TimedOut)) => {
                 let limit = humantime::format_duration(at.saturating_duration_since(began.instant));
@@ -55,16 +55,20 @@ impl Worker {
         if self.atom.kind != Kind::Singleton {
             run.slot.revoke();
         }
-        let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
-        run.abort();
-        let id = run.id;
-        self.overdue.insert(
-            id,
-            Overdue { electron, attempt, since: now, told: false, counted: false, run },
-        );
+        self.stop(&held, run, now);
         let mut batch = Vec::new();
         self.after_failure(held, began, Failed::new(kind, message), &mut batch);
         self.settle(batch);
+        Running::tell_over(over);
+    }
+
+    /// Stops a run, and keeps it in mind until it has ended.
+    pub(super) fn stop(&mut self, held: &Held, mut run: Run, since: Instant) {
+        let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
+        run.abort();
+        let id = run.id;
+        let overdue = Overdue { electron, attempt, since, told: false, counted: false, run };
+        self.overdue.insert(id, overdue);
     }
 
     pub(super) fn on_tick(&mut self, now: Instant) {

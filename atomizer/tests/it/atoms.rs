@@ -86,6 +86,23 @@ impl Atom for Gated {
     }
 }
 
+/// Asks itself for the two numbers before.
+pub(crate) struct Fibonacci;
+
+impl Atom for Fibonacci {
+    const ID: &'static str = "fibonacci";
+    const KIND: Kind = Kind::Spawner;
+    type Input = u64;
+    type Output = u64;
+
+    async fn process(&self, cx: &Context, n: u64) -> Result<u64> {
+        match n {
+            0 | 1 => Ok(n),
+            n => Ok(cx.fan_out::<Self>([n - 1, n - 2]).fold(0, |sum, part| sum + part).await?),
+        }
+    }
+}
+
 /// Waits for an event that fits.
 pub(crate) async fn until(events: &mut EventStream, fits: impl Fn(&EventKind) -> bool) -> Event {
     let found = async {

@@ -5,7 +5,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 use atomizer::prelude::*;
 use tokio::task::JoinSet;
 
-use crate::atoms::{Gated, Obedient, Order, started, until};
+use crate::atoms::{Fibonacci, Gated, Obedient, Order, started, until};
 
 /// Sends more than may run, lets all through one by one, and returns how many ran at once at the most.
 async fn most_at_once(options: Options, node_limit: usize) -> usize {
@@ -74,23 +74,6 @@ async fn one_busy_atom_does_not_hold_up_another() {
     gated.open(50);
     while let Some(answer) = calls.join_next().await {
         answer.unwrap().unwrap();
-    }
-}
-
-/// Asks itself for the two numbers before.
-struct Fibonacci;
-
-impl Atom for Fibonacci {
-    const ID: &'static str = "fibonacci";
-    const KIND: Kind = Kind::Spawner;
-    type Input = u64;
-    type Output = u64;
-
-    async fn process(&self, cx: &Context, n: u64) -> Result<u64> {
-        match n {
-            0 | 1 => Ok(n),
-            n => Ok(cx.fan_out::<Self>([n - 1, n - 2]).fold(0, |sum, part| sum + part).await?),
-        }
     }
 }
 

@@ -14,6 +14,7 @@ mod ends;
 mod events;
 mod fan_out;
 mod holding;
+mod inline;
 mod instances;
 mod kinds;
 mod limits;
