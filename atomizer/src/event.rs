@@ -100,7 +100,7 @@ pub enum EventKind {
         /// Why.
         error: String,
     },
-    /// An electron arrived.
+    /// An electron arrived. One that runs [inline](crate::Builder::waiting_max) comes from its parent, and does not.
     Received {
         /// The electron.
         electron: ElectronId,
@@ -247,7 +247,8 @@ pub enum EventKind {
         reason: String,
     },
     /// An electron was not settled here, so it is delivered again, here or elsewhere. (One that is to run at most
-    /// once may have left its queue, and then it is not.)
+    /// once may have left its queue, and then it is not. One that ran [inline](crate::Builder::waiting_max) was given up
+    /// by its parent, which asks it again should it begin anew.)
     NotSettled {
         /// The electron.
         electron: ElectronId,

@@ -22,6 +22,9 @@ pub use group::{Answers, Group, Member};
 /// atom: its limit of concurrency and at most 64 more. Each child counts once, however often it is delivered or
 /// answered. Dropping the fan-out gives up the answers.
 ///
+/// Where [very many](crate::Builder::waiting_max) parents wait already, the next child runs in the slot of this one, and
+/// the one after it when that is over.
+///
 /// The first failure ends it, unless [`tolerate`](Self::tolerate), [`enough`](Self::enough) or
 /// [`within`](Self::within) says otherwise.
 #[must_use = "a fan-out does nothing until its outputs are asked for"]

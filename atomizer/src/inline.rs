@@ -34,17 +34,13 @@ pub(crate) enum Handed {
     },
 }
 
-/// Says that a child was run.
-#[derive(Debug)]
-pub(crate) struct WasRun;
-
 /// A child that is to run with its parent's permit.
 #[derive(Debug)]
 pub(crate) struct Child {
     pub(crate) electron: Arc<Electron>,
     pub(crate) slot: Arc<Slot>,
     /// Told when the run is over and what came of it is on its way; dropped when it is not run.
-    pub(crate) over: oneshot::Sender<WasRun>,
+    pub(crate) over: oneshot::Sender<()>,
 }
 
 /// A child that runs inline, as its parent sees it. Dropping it before it is over gives it up.
@@ -52,7 +48,7 @@ pub(crate) struct Child {
 pub(crate) struct Inline {
     electron: ElectronId,
     slot: Arc<Slot>,
-    over: oneshot::Receiver<WasRun>,
+    over: oneshot::Receiver<()>,
     is_over: bool,
     worker: mpsc::UnboundedSender<Handed>,
 }

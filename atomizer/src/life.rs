@@ -28,7 +28,8 @@
 //! Nothing here does anything. [`State::arrive`], [`State::after_failure`] and [`State::next`] say what follows
 //! from what happened, and [`Worker`](crate::worker::Worker) does what the new state asks for. A session that is
 //! lost leads from every state but RUNNING straight to GONE: the electron is in its queue again. What runs
-//! goes on, and is adopted when it comes again.
+//! goes on, and is adopted when it comes again. A child that its parent hands over to run inline begins in READY, and
+//! has its permit.
 
 use std::time::Duration;
 

@@ -185,7 +185,7 @@ where
                     }
                 }
                 was_run = maybe(self.inline.as_mut().map(|(_, inline)| inline.over())) => {
-                    self.is_over(was_run);
+                    self.on_over(was_run);
                 }
                 sent = maybe(self.sending.as_mut()) => {
                     self.sending = None;
@@ -204,7 +204,7 @@ where
     }
 
     /// The permit is back. The child has answered, or does so later; or it was not run, and goes through the queue.
-    fn is_over(&mut self, was_run: bool) {
+    fn on_over(&mut self, was_run: bool) {
         let Some((child, _)) = self.inline.take() else { return };
         if !was_run && self.in_flight.contains_key(&child.0) {
             self.unsent.push(child);

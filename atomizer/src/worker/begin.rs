@@ -12,7 +12,6 @@ use crate::{
     Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
     admission::{Permit, Priority, Slot},
     claim::Claim,
-    inline::WasRun,
     life::{Fact, Leave, State},
     run::{Report, RunId, Waits},
 };
@@ -151,7 +150,7 @@ impl Worker {
         &mut self,
         slot: Arc<Slot>,
         mut held: Held,
-        over: Option<oneshot::Sender<WasRun>>,
+        over: Option<oneshot::Sender<()>>,
         began: Began,
     ) {
         held.on(Fact::Admitted);

@@ -14,7 +14,6 @@ use crate::{
     Electron, ElectronId, Failure, FailureKind,
     claim::Claim,
     clock,
-    inline::WasRun,
     life::{Fact, State},
     run::Run,
     settle::Spent,
@@ -105,14 +104,16 @@ pub(super) struct Running {
     /// It is among the parents that may be parked.
     pub(super) listed: bool,
     /// Told when it is over, if its parent lent it its permit.
-    pub(super) over: Option<oneshot::Sender<WasRun>>,
+    pub(super) over: Option<oneshot::Sender<()>>,
 }
 
 impl Running {
     /// Tells the parent that its permit is free. What came of the run is on its way to it.
-    pub(super) fn tell_over(over: Option<oneshot::Sender<WasRun>>) {
-        // An error says that the parent does not wait any more.
-        drop(over.map(|over| over.send(WasRun)));
+    pub(super) fn tell_over(over: Option<oneshot::Sender<()>>) {
+        if let Some(over) = over {
+            // An error says that the parent does not wait any more.
+            over.send(()).ok();
+        }
     }
 }
 

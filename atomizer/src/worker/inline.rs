@@ -9,7 +9,7 @@ use super::{
 use crate::{
     ElectronId,
     admission::Slot,
-    inline::{Child, Handed, WasRun},
+    inline::{Child, Handed},
     life::State,
 };
 
@@ -33,8 +33,7 @@ impl Worker {
             Held { electron, state, ticket: None, inline: true, adopted, deadline, alone: None };
         match self.unexpired(held, began) {
             Some(held) => self.run_in(slot, held, Some(over), began),
-            // An error says that the parent does not wait any more.
-            None => drop(over.send(WasRun)),
+            None => Running::tell_over(Some(over)),
         }
     }
 

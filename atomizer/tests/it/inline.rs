@@ -63,7 +63,7 @@ async fn books(atomizer: Atomizer, mut events: atomizer::EventStream, atom: &str
 
 #[tokio::test]
 async fn an_atom_that_spawns_itself_finishes_on_one_slot_however_few_parents_may_wait() {
-    // How many electrons there are, and how many of them may go through the queue.
+    // And how many of the 465 electrons may go through the queue.
     for (waiting_max, queued) in [(0, 1), (1, 3), (8, 40), (10_000, 465)] {
         let (atomizer, events) = watched(one_slot(waiting_max).atom(Fibonacci)).await;
         assert_eq!(atomizer.call::<Fibonacci>(12).await.unwrap(), 144, "{waiting_max}");
@@ -80,6 +80,45 @@ async fn an_atom_that_spawns_itself_finishes_on_one_slot_however_few_parents_may
 async fn the_fourteenth_fibonacci_number_is_found_on_one_slot() {
     let atomizer = one_slot(Builder::WAITING_MAX_DEFAULT).atom(Fibonacci).start().await.unwrap();
     assert_eq!(atomizer.call::<Fibonacci>(14).await.unwrap(), 377);
+}
+
+/// Asks itself so many times, one within the other. The last one may never end.
+struct Chain;
+
+impl Atom for Chain {
+    const ID: &'static str = "chain";
+    const KIND: Kind = Kind::Spawner;
+    type Input = (u64, bool);
+    type Output = u64;
+
+    async fn process(&self, cx: &Context, (links, ends): (u64, bool)) -> Result<u64> {
+        match links {
+            0 if ends => Ok(0),
+            0 => std::future::pending().await,
+            links => Ok(cx.call::<Self>((links - 1, ends)).await? + 1),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_chain_of_parents_may_be_long() {
+    for waiting_max in [0, 100] {
+        let atomizer = one_slot(waiting_max).atom(Chain).start().await.unwrap();
+        assert_eq!(atomizer.call::<Chain>((3000, true)).await.unwrap(), 3000);
+    }
+}
+
+#[tokio::test]
+async fn a_chain_that_is_not_waited_for_ends_link_by_link() {
+    let (atomizer, events) = watched(one_slot(0).atom(Chain)).await;
+    let call = atomizer.call::<Chain>((300, false)).time_limit(Duration::from_millis(100)).await;
+    assert!(
+        matches!(call, Err(CallError::Failed(failure)) if failure.kind == FailureKind::TimedOut)
+    );
+    let begun = tokio::time::Instant::now();
+    let [received, _, ended] = books(atomizer, events, Chain::ID).await;
+    assert!(begun.elapsed() < Builder::DRAIN_TIMEOUT_DEFAULT, "none ran on");
+    assert_eq!((received, ended), (1, 1), "the others were given up");
 }
 
 #[tokio::test]

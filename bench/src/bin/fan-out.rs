@@ -44,6 +44,9 @@ struct Args {
     /// How many children are in flight.
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(64..=65_536))]
     window: u32,
+    /// How many parents may wait before children run inline.
+    #[arg(long, default_value_t = 10_000)]
+    waiting_max: u32,
     /// Rounds, of which the median is taken.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     rounds: u32,
@@ -91,11 +94,12 @@ fn main() -> Result<()> {
 /// Measures one case in a process of its own.
 fn alone(case: Case, args: &Args) -> Result<()> {
     let program = std::env::current_exe().context("failed to find this program")?;
-    let Args { children, fib, window, rounds, json, .. } = args;
+    let Args { children, fib, window, waiting_max, rounds, json, .. } = args;
     let mut command = Command::new(program);
     command.args(["--here", "--case", case.name()]).args(json.then_some("--json"));
     let numbers = [("children", *children), ("fib", *fib)];
-    let sizes = [("window", u64::from(*window)), ("rounds", u64::from(*rounds))];
+    let sizes = [("window", window), ("waiting-max", waiting_max), ("rounds", rounds)];
+    let sizes = sizes.map(|(name, size)| (name, u64::from(*size)));
     for (name, number) in numbers.into_iter().chain(sizes) {
         command.arg(format!("--{name}={number}"));
     }
@@ -163,7 +167,8 @@ async fn measure(case: Case, args: &Args) -> Result<()> {
     if case == Case::Fib {
         builder = builder.concurrency(1);
     }
-    let node = builder.atom(Sum { window }).start().await?;
+    let waiting_max = args.waiting_max as usize;
+    let node = builder.waiting_max(waiting_max).atom(Sum { window }).start().await?;
     // Each number that is greater than 1 has two children; the first is nobody's child.
     let children = match case {
         Case::Fold => args.children,
