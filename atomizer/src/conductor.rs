@@ -428,6 +428,9 @@ pub enum Address {
     Reply(ReplyTo),
     /// To the dead letters, on behalf of this atom.
     DeadLetter(AtomId),
+    /// To the inbox of every node that takes electrons at the moment: a help to all, that nobody relies on. Where
+    /// there is no such address it is [refused](SendError::Refused).
+    Nodes,
 }
 
 impl fmt::Display for Address {
@@ -436,6 +439,7 @@ impl fmt::Display for Address {
             Self::Atom(atom) => write!(f, "atom {atom}"),
             Self::Reply(reply_to) => write!(f, "reply address {reply_to}"),
             Self::DeadLetter(atom) => write!(f, "dead letters of {atom}"),
+            Self::Nodes => f.write_str("all nodes"),
         }
     }
 }

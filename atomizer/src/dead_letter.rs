@@ -83,7 +83,9 @@ impl DeadLetter {
         let (electron, unread) = match &message {
             Message::Electron(electron) => (Some(electron), None),
             Message::Unreadable(unreadable) => (None, Some(unreadable.reason.clone())),
-            Message::Answer(_) => (None, Some("an answer in a queue of electrons".to_owned())),
+            Message::Answer(_) | Message::Cancel(_) => {
+                (None, Some("no electron in a queue of electrons".to_owned()))
+            }
         };
         let history = electron.map(|electron| electron.history.clone()).unwrap_or_default();
         let died_at = death.as_ref().map_or(at, |death| death.at);

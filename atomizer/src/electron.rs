@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use crate::{AtomId, ElectronId, Failure, NodeId, Policy, Properties, ReplyTo, wire::Wire};
+use crate::{AtomId, Cancel, ElectronId, Failure, NodeId, Policy, Properties, ReplyTo, wire::Wire};
 
 /// Anything a conductor carries. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -14,6 +14,8 @@ pub enum Message {
     Electron(Arc<Electron>),
     /// The outcome of a job, on its way to who asked.
     Answer(Arc<Properties>),
+    /// That some children are not wanted any more.
+    Cancel(Arc<Cancel>),
     /// Something whose metadata this version cannot read; kept whole, so that it can be set aside.
     Unreadable(Arc<Unreadable>),
 }
@@ -21,6 +23,12 @@ pub enum Message {
 impl From<Electron> for Message {
     fn from(electron: Electron) -> Self {
         Self::Electron(Arc::new(electron))
+    }
+}
+
+impl From<Cancel> for Message {
+    fn from(cancel: Cancel) -> Self {
+        Self::Cancel(Arc::new(cancel))
     }
 }
 
@@ -117,13 +125,23 @@ pub struct Parent {
     pub id: ElectronId,
     /// Which of the parent's children it is, counted from 0.
     pub index: u64,
+    /// How often the parent had been begun before it asked, as far as that is known: it grows from one of its lives to
+    /// the next, in which it may ask for the same children again.
+    pub round: u32,
 }
 
 impl Parent {
     /// Says whose child it is, and which.
     #[must_use]
     pub fn new(id: ElectronId, index: u64) -> Self {
-        Self { id, index }
+        Self { id, index, round: 0 }
+    }
+
+    /// Says how often the parent had been begun before.
+    #[must_use]
+    pub fn round(mut self, round: u32) -> Self {
+        self.round = round;
+        self
     }
 }
 

@@ -20,7 +20,8 @@ pub use group::{Answers, Group, Member};
 /// Inputs are taken from the iterator or the stream as there is room in the window, so a million children do not
 /// need a million entries. An atom that asks itself holds, while it waits, its place in the node's window for that
 /// atom: its limit of concurrency and at most 64 more. Each child counts once, however often it is delivered or
-/// answered. Dropping the fan-out gives up the answers.
+/// answered. Dropping the fan-out gives up the children that are left: on whichever node they are, they are stopped or
+/// never begun.
 ///
 /// Where [very many](crate::Builder::waiting_max) parents wait already, the next child runs in the slot of this one, and
 /// the one after it when that is over.
@@ -85,7 +86,7 @@ where
     /// The first child that failed; the answers of all others are given up.
     ///
     /// # Cancel safety
-    /// Dropping it gives up the answers.
+    /// Dropping it gives up the children that are left.
     pub async fn fold<T, F>(self, initial: T, mut fold: F) -> Result<T, ChildError>
     where
         T: Send,
@@ -102,7 +103,7 @@ where
     /// The first child that failed; the answers of all others are given up.
     ///
     /// # Cancel safety
-    /// Dropping it gives up the answers.
+    /// Dropping it gives up the children that are left.
     pub async fn collect(self) -> Result<Vec<A::Output>, ChildError> {
         let gathering = self.gather(Rules::STRICT, Vec::new(), put::<Option<A::Output>, A::Output>);
         Ok(strictly(gathering.await)?.into_iter().flatten().collect())
@@ -111,7 +112,7 @@ where
     /// Streams what comes of each child as it arrives, with the index of its input.
     ///
     /// # Cancel safety
-    /// Dropping the stream gives up the answers that are outstanding.
+    /// Dropping the stream gives up the children that are left.
     pub fn stream(self) -> impl Stream<Item = (usize, Result<A::Output, CallError>)> + Send + 'cx
     where
         S: 'cx,
@@ -155,7 +156,7 @@ where
     /// [`FanOutError`] when too many children failed; the answers of all others are given up.
     ///
     /// # Cancel safety
-    /// Dropping it gives up the answers.
+    /// Dropping it gives up the children that are left.
     pub async fn fold<T, F>(self, initial: T, mut fold: F) -> Result<Partial<T>, FanOutError>
     where
         T: Send,
@@ -171,7 +172,7 @@ where
     /// [`FanOutError`] when too many children failed; the answers of all others are given up.
     ///
     /// # Cancel safety
-    /// Dropping it gives up the answers.
+    /// Dropping it gives up the children that are left.
     pub async fn collect(self) -> Result<Partial<Vec<(usize, A::Output)>>, FanOutError> {
         let Self { of, rules } = self;
         let push = |mut outputs: Vec<_>, index, output| {

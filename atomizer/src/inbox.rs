@@ -8,6 +8,7 @@ use tokio::{sync::oneshot, time::sleep};
 use crate::{
     AtomId, Delivery, Message, Outcome, SettleError, Source, Ticket,
     ask::Asker,
+    cancel::tell,
     intake::{Intake, Taken},
     link::{Link, SharedSession},
     settle::Settler,
@@ -30,10 +31,17 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
     let mut asking_again = OptionFuture::default();
     // Beside the receiving: the next answer must not wait until the last one is removed. The window bounds them.
     let mut settling = FuturesUnordered::new();
+    // Beside it, too. Each gives up in time.
+    let mut telling = FuturesUnordered::new();
     loop {
         let taken = tokio::select! {
             taken = intake.next(WINDOW) => taken,
             Some(()) = settling.next() => continue,
+            cancel = link.telling.next() => {
+                telling.push(tell(link, &node.cancelled, cancel));
+                continue;
+            }
+            Some(()) = telling.next() => continue,
             Some(()) = &mut asking_again => {
                 asking_again = OptionFuture::default();
                 continue;
@@ -50,16 +58,23 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
         };
         let mut batch = Vec::with_capacity(deliveries.len());
         for Delivery { message, ticket, .. } in deliveries {
-            let Message::Answer(answer) = message else {
-                let (emit, _) = settler.aside(message);
-                tracing::warn!(
-                    "a message that is no answer goes from the inbox to the dead letters"
-                );
-                batch.push((ticket, Outcome::done(emit)));
-                continue;
+            let emit = match message {
+                Message::Answer(answer) => {
+                    node.answer(link.id(), answer);
+                    Vec::new()
+                }
+                Message::Cancel(cancel) => {
+                    node.cancelled.add(&cancel);
+                    Vec::new()
+                }
+                other => {
+                    tracing::warn!(
+                        "a message that is no answer goes from the inbox to the dead letters"
+                    );
+                    settler.aside(other).0
+                }
             };
-            node.answer(link.id(), answer);
-            batch.push((ticket, Outcome::done(Vec::new())));
+            batch.push((ticket, Outcome::done(emit)));
         }
         if let Some(session) = link.session() {
             settling.push(settle(link, session, batch));

@@ -40,6 +40,7 @@ mod admission;
 mod ask;
 mod atom;
 mod builder;
+mod cancel;
 mod claim;
 mod clock;
 mod conductor;
@@ -74,6 +75,7 @@ mod worker;
 pub use ask::{Call, CallError};
 pub use atom::{Atom, Kind, Options, RawAtom, Resident};
 pub use builder::{Builder, StartError};
+pub use cancel::Cancel;
 pub use conductor::{
     Address, Census, Conductor, Delivery, Envelope, Epoch, Limits, OpenError, Outcome, Release,
     SendError, Session, SessionError, SettleError, Source, Subscription, Ticket,

@@ -21,7 +21,9 @@ use tokio::{
 
 use crate::{
     AtomId, Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, Outcome, ReplyTo,
-    ResultsId, SendError, Session, SessionError, SettleError, Ticket, clock,
+    ResultsId, SendError, Session, SessionError, SettleError, Ticket,
+    cancel::Telling,
+    clock,
     inline::Handing,
     node::{Node, Stage},
     run::panic_message,
@@ -49,6 +51,8 @@ pub(crate) struct Link {
     inbox: OnceLock<(ReplyTo, Limits)>,
     /// Where the children of each atom are handed to that may run inline: all but singletons.
     handings: OnceLock<FxHashMap<AtomId, Handing>>,
+    /// Children of which other nodes are to be told that nobody wants them.
+    pub(crate) telling: Telling,
     give_up_after: Option<Duration>,
     faults: Faults,
 }
@@ -138,6 +142,7 @@ impl Link {
             session: watch::Sender::new(None),
             inbox: OnceLock::new(),
             handings: OnceLock::new(),
+            telling: Telling::default(),
             give_up_after,
             faults: Faults::default(),
         }

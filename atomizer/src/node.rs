@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::{
     ConductorId, EventKind, NodeError, NodeId, Policy, Properties, admission::Admission,
-    ask::Pending, event::Events, home::Threads,
+    ask::Pending, cancel::Cancelled, event::Events, home::Threads,
 };
 
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub(crate) struct Node {
     /// Suspects run one at a time.
     pub(crate) suspects: Arc<Semaphore>,
     pub(crate) critical: Critical,
+    /// Children that nobody wants.
+    pub(crate) cancelled: Cancelled,
     /// Runs that do not stop.
     stuck: AtomicUsize,
 }
@@ -60,6 +62,7 @@ impl Node {
             rules,
             suspects: Arc::new(Semaphore::new(1)),
             critical: Critical::default(),
+            cancelled: Cancelled::default(),
             stuck: AtomicUsize::new(0),
         }
     }

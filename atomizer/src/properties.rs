@@ -114,7 +114,7 @@ pub enum FailureKind {
     UnknownAtom,
     /// The answer is larger than the conductor carries.
     AnswerTooLarge,
-    /// Nobody wants it any more: its deadline is over.
+    /// Nobody wants it any more: its deadline is over, or who asked gave it up.
     Expired,
     /// The atom gave it back, for another node to try.
     GivenBack,

@@ -30,6 +30,9 @@ const CANCEL_GRACE: Duration = Duration::from_secs(1);
 /// How long closing the sessions may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a node that stops tells others which children are not wanted any more.
+const TELL_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A running node. Clones are handles to the same node.
 ///
 /// When the last handle is dropped the node stops at once, and what ran is given back; [`drain`](Self::drain)
@@ -323,6 +326,8 @@ impl Supervisor {
         self.enter(Stage::Aborting, || EventKind::Aborting);
         self.residents.shutdown().await;
         self.workers.join_all_caught().await;
+        // An error says that nobody hears of it in time.
+        drop(timeout(TELL_TIMEOUT, self.node.cancelled.sent()).await);
         self.inboxes.shutdown().await;
         self.stage.send_replace(Stage::Closing);
         self.node.pending.close();

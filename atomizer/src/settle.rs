@@ -297,7 +297,9 @@ impl Settler {
                 wire.headers.insert(header::DEAD_ATOM.to_owned(), self.atom.as_str().into());
                 (Message::Unreadable(Arc::new(Unreadable { wire, reason: reason.clone() })), reason)
             }
-            Message::Answer(_) => (message, "an answer in a queue of electrons".to_owned()),
+            Message::Answer(_) | Message::Cancel(_) => {
+                (message, "no electron in a queue of electrons".to_owned())
+            }
             Message::Electron(_) => (message, "an electron in a queue of answers".to_owned()),
         };
         let mut emit = Vec::new();

@@ -17,8 +17,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::{
-    AtomId, ContentType, Electron, ElectronId, Extra, Failure, Message, NodeId, Parent, Payload,
-    Properties, ReplyTo, Unreadable,
+    AtomId, Cancel, ContentType, Electron, ElectronId, Extra, Failure, Message, NodeId, Parent,
+    Payload, Properties, ReplyTo, Unreadable,
 };
 
 /// The version of the format that is written, and the newest that is read.
@@ -33,6 +33,8 @@ pub const METADATA_BYTES_MAX: usize = 16 * 1024;
 pub const ELECTRON: &str = "electron";
 /// The `type` of an answer.
 pub const ANSWER: &str = "answer";
+/// The `type` of a message that says which children are not wanted any more.
+pub const CANCEL: &str = "cancel";
 
 /// Header names. All values are text.
 pub mod header {
@@ -48,6 +50,9 @@ pub mod header {
     pub const PARENT: &str = "atomizer-parent";
     /// Which child of its parent it is, counted from 0.
     pub const INDEX: &str = "atomizer-index";
+    /// How often its parent had been begun before (electron), or up to which of these the children are meant
+    /// (cancel); absent means 0.
+    pub const ROUND: &str = "atomizer-round";
     /// Attempts failed so far (electron), or which attempt answers, counted from 1 (answer).
     pub const ATTEMPT: &str = "atomizer-attempt";
     /// Starts under suspicion so far.
@@ -264,6 +269,7 @@ impl From<Message> for Wire {
         match message {
             Message::Electron(electron) => encode_electron(Arc::unwrap_or_clone(electron)),
             Message::Answer(properties) => encode_answer(Arc::unwrap_or_clone(properties)),
+            Message::Cancel(cancel) => encode_cancel(&cancel),
             Message::Unreadable(unreadable) => Arc::unwrap_or_clone(unreadable).wire,
         }
     }
@@ -286,6 +292,9 @@ fn encode_electron(electron: Electron) -> Wire {
     if let Some(parent) = electron.parent {
         wire.set(header::PARENT, parent.id);
         wire.set(header::INDEX, parent.index);
+        if parent.round > 0 {
+            wire.set(header::ROUND, parent.round);
+        }
     }
     if electron.attempts > 0 {
         wire.set(header::ATTEMPT, electron.attempts);
@@ -369,6 +378,21 @@ fn encode_answer(properties: Properties) -> Wire {
     wire
 }
 
+fn encode_cancel(cancel: &Cancel) -> Wire {
+    let body = serde_json::to_vec(&cancel.electrons).expect("ids are plain data");
+    let mut wire = Wire {
+        kind: Some(CANCEL.to_owned()),
+        content_type: Some(ContentType::Json.as_str().to_owned()),
+        body: body.into(),
+        ..Wire::default()
+    };
+    wire.set(header::SENDER, &cancel.sender);
+    if cancel.round > 0 {
+        wire.set(header::ROUND, cancel.round);
+    }
+    wire
+}
+
 impl Message {
     /// Reads a message; what cannot be read comes back [whole](Message::Unreadable).
     ///
@@ -378,6 +402,7 @@ impl Message {
         let read = match parts.kind() {
             None | Some(ELECTRON) => decode_electron(parts, &body, queue).map(Self::from),
             Some(ANSWER) => decode_answer(parts, &body).map(Self::from),
+            Some(CANCEL) => decode_cancel(parts, &body).map(Self::from),
             Some(other) => Err(format!("unknown type {other:?}")),
         };
         read.unwrap_or_else(|reason| {
@@ -402,12 +427,13 @@ fn check_version(parts: &impl Parts) -> Result<(), String> {
 }
 
 /// What is read of an electron's headers; the others are not ours.
-const OF_ELECTRON: [&str; 12] = [
+const OF_ELECTRON: [&str; 13] = [
     header::VERSION,
     header::ATOM,
     header::SENDER,
     header::PARENT,
     header::INDEX,
+    header::ROUND,
     header::ATTEMPT,
     header::LIVES,
     header::PASSES,
@@ -433,13 +459,14 @@ fn decode_electron(
         None => ElectronId::new(),
     };
     let index = read(parts, header::INDEX)?.unwrap_or(0);
+    let round = read(parts, header::ROUND)?.unwrap_or(0);
     Ok(Electron {
         id,
         atom,
         reply_to: parts.reply_to().map(ReplyTo::new),
         correlation_id: parts.correlation_id().map(ToOwned::to_owned),
         sender: read_text(parts, header::SENDER)?.map(node_id).transpose()?,
-        parent: read(parts, header::PARENT)?.map(|id| Parent { id, index }),
+        parent: read(parts, header::PARENT)?.map(|id| Parent { id, index, round }),
         policy: read_json(parts, header::POLICY)?,
         attempts: read(parts, header::ATTEMPT)?.unwrap_or(0),
         lives: read(parts, header::LIVES)?.unwrap_or(0),
@@ -450,6 +477,14 @@ fn decode_electron(
         payload: payload(parts.content_type(), body.clone()),
         extra: parts.headers_but(&OF_ELECTRON),
     })
+}
+
+fn decode_cancel(parts: &impl Parts, body: &Bytes) -> Result<Cancel, String> {
+    check_version(parts)?;
+    let sender = node_id(require(header::SENDER, read_text(parts, header::SENDER)?)?)?;
+    let round = read(parts, header::ROUND)?.unwrap_or(0);
+    let electrons = serde_json::from_slice(body).map_err(|error| error.to_string())?;
+    Ok(Cancel::new(sender, round, electrons))
 }
 
 fn decode_answer(parts: &impl Parts, body: &Bytes) -> Result<Properties, String> {

@@ -26,7 +26,7 @@ use std::{
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, Sleep, sleep_until, timeout},
 };
 
@@ -102,6 +102,8 @@ pub(crate) struct Worker {
     hand: mpsc::UnboundedSender<Handed>,
     /// What a conductor was asked and has not answered.
     asked: FuturesUnordered<BoxFuture<'static, Step>>,
+    /// Tells when children are given up.
+    cancels: watch::Receiver<u64>,
     draining: bool,
 }
 
@@ -114,6 +116,8 @@ const TICK: Duration = Duration::from_secs(1);
 const STUCK_AFTER: Duration = Duration::from_secs(5);
 /// How long the last settlements may take when a node aborts.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
+const EXPIRED: &str = "its deadline passed before it was begun";
+const GIVEN_UP: &str = "who asked gave it up";
 const NODE_STOPS: &str = "its node stops";
 /// A suspect that has run for so long lets the next one begin: what kills its node does so soon.
 const ALONE_MAX: Duration = Duration::from_secs(5);
@@ -139,6 +143,8 @@ enum Step {
     /// A delivery of this electron is parked, or not.
     Parked(ElectronId),
     Alarm,
+    /// Some children are given up.
+    Cancelled,
     Reached(Stage),
 }
 
@@ -155,6 +161,7 @@ impl Worker {
         )]
         let (hand, handed) = mpsc::unbounded_channel();
         let next_tick = Instant::now() + TICK;
+        let cancels = asker.node.cancelled.told();
         Self {
             asker,
             atom,
@@ -182,6 +189,7 @@ impl Worker {
             handed,
             hand,
             asked: FuturesUnordered::new(),
+            cancels,
             draining: false,
         }
     }
@@ -219,6 +227,7 @@ impl Worker {
                 }
                 Step::Parked(electron) => self.on_parked(electron),
                 Step::Alarm => self.on_alarm(Instant::now()),
+                Step::Cancelled => self.on_cancelled(Instant::now()),
                 Step::Reached(Stage::Draining | Stage::Cancelling) if !self.draining => {
                     next_stage = Stage::Aborting;
                     self.on_drain().await;
@@ -240,6 +249,7 @@ impl Worker {
             count = self.finished.recv_many(&mut self.reports, BATCH_MAX) => Step::Finished(count),
             Some(handed) = self.handed.recv() => Step::Handed(handed),
             () = &mut self.alarm, if alarmed => Step::Alarm,
+            Ok(()) = self.cancels.changed() => Step::Cancelled,
             Ok(permit) = queued(self.queued.as_mut()) => Step::Admitted(permit),
             step = turn(self.turn.as_mut()) => step,
             taken = take(&mut self.intake, max) => Step::Taken(taken),

@@ -322,8 +322,13 @@ async fn maybe<F: Future>(future: Option<F>) -> F::Output {
 
 impl<S> Drop for Children<'_, S> {
     fn drop(&mut self) {
+        if self.in_flight.is_empty() {
+            return;
+        }
         for (id, token) in self.in_flight.values() {
             self.cx.asker.node.pending.remove(*id, *token);
         }
+        let children: Vec<_> = self.in_flight.values().map(|(id, _)| *id).collect();
+        self.cx.give_up(&children);
     }
 }

@@ -151,7 +151,7 @@ impl<'cx> Group<'cx> {
     /// The first child that failed; the answers of all others are given up.
     ///
     /// # Cancel safety
-    /// Dropping it gives up the answers.
+    /// Dropping it gives up the children that are left.
     pub async fn join(self) -> Result<Answers, ChildError> {
         strictly(self.gather(Rules::STRICT).await)
     }
@@ -174,7 +174,7 @@ impl Lenient<Group<'_>> {
     /// [`FanOutError`] when too many children failed; the answers of all others are given up.
     ///
     /// # Cancel safety
-    /// Dropping it gives up the answers.
+    /// Dropping it gives up the children that are left.
     pub async fn join(self) -> Result<Partial<Answers>, FanOutError> {
         self.of.gather(self.rules).await
     }

@@ -10,7 +10,7 @@ use rustc_hash::FxHashMap;
 use tokio::{sync::Notify, time::Instant};
 
 use super::session::MemorySession;
-use crate::{Address, AtomId, Envelope, Limits, Message, ReplyTo, SendError};
+use crate::{Address, AtomId, Envelope, Limits, Message, ReplyTo, ResultsId, SendError};
 
 /// All queues. One lock is enough: it is held for a few moves at a time, and never over an `await`.
 ///
@@ -118,6 +118,17 @@ impl State {
             }
             Address::Reply(reply_to) => self.queues.get_mut(&QueueName::Inbox(reply_to.clone())),
             Address::DeadLetter(_) => Some(self.queues.entry(QueueName::Dead).or_default()),
+            Address::Nodes => None,
+        }
+    }
+
+    /// Puts a message into the inbox of everyone who reads one.
+    fn put_for_all(&mut self, message: &Message) {
+        for (name, queue) in &mut self.queues {
+            let is_a_nodes = matches!(name, QueueName::Inbox(inbox) if !is_results(inbox));
+            if is_a_nodes && !queue.subscribers.is_empty() {
+                queue.put(Stored::new(message.clone()), Duration::ZERO);
+            }
         }
     }
 
@@ -131,6 +142,10 @@ impl State {
             && let Err(error) = check_size(&envelope.message, limits)
         {
             return Err((envelope, error));
+        }
+        if envelope.to == Address::Nodes {
+            self.put_for_all(&envelope.message);
+            return Ok(());
         }
         let Some(queue) = self.queue(&envelope.to) else {
             let error = SendError::Unroutable(envelope.to.to_string());
@@ -147,10 +162,21 @@ impl State {
     }
 }
 
+/// The name of a result address. No node has a blank in its name.
+pub(super) fn result_address(id: &ResultsId) -> ReplyTo {
+    ReplyTo::new(format!("results {id}"))
+}
+
+fn is_results(address: &ReplyTo) -> bool {
+    address.as_str().contains(' ')
+}
+
 pub(super) fn check_size(message: &Message, limits: Limits) -> Result<(), SendError> {
     let bytes = match message {
         Message::Electron(electron) => electron.payload.body.len(),
         Message::Answer(answer) => answer.outcome.as_ref().map_or(0, |payload| payload.body.len()),
+        // It is short, and nobody relies on it.
+        Message::Cancel(_) => 0,
         Message::Unreadable(unreadable) => unreadable.wire.body.len(),
     };
     let bytes_max = limits.payload_bytes_max;

@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     Memory,
-    queues::{Broker, QueueName, Stored, check_size},
+    queues::{Broker, QueueName, Stored, check_size, result_address},
 };
 use crate::{
     Address, AtomId, Census, Delivery, Electron, Envelope, Epoch, Limits, Message, Outcome,
@@ -229,11 +229,6 @@ impl MemorySession {
             }
         }
     }
-}
-
-/// No node has a blank in its name.
-fn result_address(id: &ResultsId) -> ReplyTo {
-    ReplyTo::new(format!("results {id}"))
 }
 
 #[async_trait]

@@ -24,7 +24,7 @@ fn full() -> Electron {
         reply_to: Some(ReplyTo::new("atomizer.inbox.console-12345678")),
         correlation_id: Some("my-own".into()),
         sender: Some(NodeId::from_static("console-12345678")),
-        parent: Some(Parent { id: PARENT.parse().unwrap(), index: 3 }),
+        parent: Some(Parent::new(PARENT.parse().unwrap(), 3)),
         attempts: 1,
         time_limit: Some(Duration::from_millis(1500)),
         history: vec![failure],
@@ -112,6 +112,23 @@ fn golden_failure() {
     let wire = Wire::from(Message::from(answer(Err(failure))));
     assert_eq!(wire.headers["atomizer-status"], "failed");
     assert_eq!(wire.body, r#"{"kind":"panic","message":"at the disco","attempt":0}"#);
+}
+
+#[test]
+fn golden_cancel() {
+    let cancel = Cancel::new(NodeId::from_static("agent-0badcafe"), 2, vec![ID.parse().unwrap()]);
+    let wire = Wire::from(Message::from(cancel.clone()));
+    let expected = json!({
+        "type": "cancel", "message_id": null, "correlation_id": null, "reply_to": null,
+        "content_type": "application/json",
+        "headers": { "atomizer-sender": "agent-0badcafe", "atomizer-round": "2" },
+    });
+    assert_eq!(shown(&wire), expected);
+    assert_eq!(wire.body, format!("[\"{ID}\"]"));
+    let Message::Cancel(read) = Message::from_wire(&wire, None) else {
+        panic!("expected a cancel")
+    };
+    assert_eq!(*read, cancel);
 }
 
 fn read_electron(wire: &Wire, queue: Option<&AtomId>) -> Electron {
@@ -230,7 +247,8 @@ proptest! {
         let mut electron = minimal();
         electron.payload = Payload { content_type: content_type.as_str().into(), body: body.into() };
         electron.correlation_id = correlation_id;
-        electron.parent = index.map(|index| Parent { id: PARENT.parse().unwrap(), index });
+        electron.parent =
+            index.map(|index| Parent::new(PARENT.parse().unwrap(), index).round(attempts / 2));
         electron.attempts = attempts;
         electron.time_limit = time_limit_ms.map(Duration::from_millis);
         electron.history =

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::time::{Instant, sleep};
 
 use super::{
-    Step, TICK, Worker,
+    EXPIRED, GIVEN_UP, Step, TICK, Worker,
     held::{Began, Held},
 };
 use crate::{
@@ -68,7 +68,7 @@ impl Worker {
         let electron = &held.electron;
         let arrival = Arrival {
             misdirected: electron.atom != self.atom.id,
-            expired: held.is_expired(now),
+            expired: held.is_expired(now) || held.is_cancelled(&self.asker.node.cancelled),
             asked: electron.reply_to.is_some(),
             // What is done at most once is taken for good before it begins: what comes again was not begun.
             suspect: redeliveries > 0 && !self.atom.options.is_at_most_once(),
@@ -99,7 +99,8 @@ impl Worker {
             let message = format!("{} is not {}, whose queue this is", electron.atom, self.atom.id);
             (FailureKind::UnknownAtom, message)
         } else if arrival.expired {
-            (FailureKind::Expired, "its deadline passed before it was begun".to_owned())
+            let cancelled = self.asker.node.cancelled.contains(electron);
+            (FailureKind::Expired, if cancelled { GIVEN_UP } else { EXPIRED }.to_owned())
         } else {
             let lives = electron.lives;
             let message =

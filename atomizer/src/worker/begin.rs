@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
-    NODE_STOPS, Step, TICK, Worker,
+    EXPIRED, GIVEN_UP, NODE_STOPS, Step, TICK, Worker,
     held::{Began, Begun, Held, Running},
 };
 use crate::{
@@ -71,7 +71,9 @@ impl Worker {
         if !held.is_expired(began.instant) {
             return Some(held);
         }
-        let failure = Failure::new(FailureKind::Expired, "its deadline passed before it was begun");
+        let message =
+            if held.is_cancelled(&self.asker.node.cancelled) { GIVEN_UP } else { EXPIRED };
+        let failure = Failure::new(FailureKind::Expired, message);
         let failure = self.stamp(failure, &held.electron);
         let asked = held.electron.reply_to.is_some();
         let dead = held.on(Fact::Expired { asked }) == State::Leaving(Leave::Failed { dead: true });

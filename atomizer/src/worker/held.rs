@@ -12,6 +12,7 @@ use tokio::{
 
 use crate::{
     Electron, ElectronId, Failure, FailureKind,
+    cancel::Cancelled,
     claim::Claim,
     clock,
     life::{Fact, State},
@@ -43,7 +44,10 @@ impl Held {
         let is_gone = |held: &Claim| held.epoch() != epoch || held.is_lost();
         self.adopted.retain(|(_, held)| !is_gone(held));
         match &mut self.ticket {
-            Some(held) if is_gone(held) => *held = claim,
+            Some(held) if is_gone(held) => {
+                *held = claim;
+                self.electron = asked_by(&self.electron, &electron);
+            }
             _ => self.adopted.push((electron, claim)),
         }
     }
@@ -56,6 +60,12 @@ impl Held {
     pub(super) fn out(&self) -> usize {
         let adopted = self.adopted.iter().filter(|(_, claim)| claim.is_delivered()).count();
         adopted + usize::from(self.ticket.as_ref().is_some_and(Claim::is_delivered))
+    }
+
+    /// Whether nobody wants it any more, though its deadline is not over.
+    pub(super) fn is_cancelled(&self, cancelled: &Cancelled) -> bool {
+        let adopted = self.adopted.iter().map(|(electron, _)| electron);
+        cancelled.contains(&self.electron) && { adopted }.all(|adopted| cancelled.contains(adopted))
     }
 
     /// Moves on in its life.
@@ -78,6 +88,23 @@ impl Held {
     pub(super) fn is_expired(&self, now: Instant) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
+}
+
+/// An electron as far as it has got here, answered to who asked for this copy of it: its parent may have begun anew
+/// on another node.
+fn asked_by(held: &Arc<Electron>, copy: &Electron) -> Arc<Electron> {
+    let Electron { reply_to, correlation_id, sender, parent, .. } = copy;
+    if (&held.reply_to, &held.correlation_id, &held.sender, &held.parent)
+        == (reply_to, correlation_id, sender, parent)
+    {
+        return Arc::clone(held);
+    }
+    let mut electron = Electron::clone(held);
+    electron.reply_to.clone_from(reply_to);
+    electron.correlation_id.clone_from(correlation_id);
+    electron.sender.clone_from(sender);
+    electron.parent = *parent;
+    Arc::new(electron)
 }
 
 pub(super) enum Begun {

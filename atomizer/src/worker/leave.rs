@@ -149,9 +149,19 @@ impl Worker {
     ) -> Vec<Settlement> {
         let spent = began.spent(Instant::now());
         let failed = |(electron, ticket)| {
-            self.settler.failed(ticket, electron, spent, failure.clone(), dead)
+            self.settler.failed(ticket, self.to_answer(electron), spent, failure.clone(), dead)
         };
         held.deliveries().map(failed).collect()
+    }
+
+    /// Returns what is to be answered; what was given up is not. Its parent may ask the same again by now, and would
+    /// take that for the answer.
+    fn to_answer(&self, electron: Arc<Electron>) -> Arc<Electron> {
+        if self.asker.node.cancelled.contains(&electron) {
+            Arc::new(Electron { reply_to: None, ..Electron::clone(&electron) })
+        } else {
+            electron
+        }
     }
 
     /// Waits here for the next attempt.

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::{
-    ALONE_MAX, STUCK_AFTER, TICK, Worker,
+    ALONE_MAX, GIVEN_UP, STUCK_AFTER, TICK, Worker,
     held::{Begun, Held, Overdue, Running},
 };
 use crate::{ElectronId, EventKind, FailureKind, Kind, error::Failed, life::Fact, run::Run};
@@ -17,6 +17,35 @@ impl Worker {
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.on_tick(now);
+        }
+        self.start_ready();
+    }
+
+    /// Ends what nobody wants any more: its time is over. What has not begun ends when its turn comes.
+    pub(super) fn on_cancelled(&mut self, now: Instant) {
+        let cancelled = &self.asker.node.cancelled;
+        let waiting = self.ready.iter_mut().chain(&mut self.suspects).chain(&mut self.avoiding);
+        for held in waiting {
+            if held.is_cancelled(cancelled) {
+                held.deadline = Some(now);
+            }
+        }
+        let mut over = Vec::new();
+        for (id, begun) in &mut self.begun {
+            // What runs inline ends with its parent.
+            let held = begun.held_mut();
+            if !held.inline && held.is_cancelled(cancelled) {
+                held.deadline = Some(now);
+                over.push(*id);
+            }
+        }
+        for electron in over {
+            match self.begun.get_mut(&electron) {
+                Some(Begun::Running(running)) => running.limit = Some((now, FailureKind::Expired)),
+                Some(Begun::Pausing { until, .. }) => *until = now,
+                None => {}
+            }
+            self.look_at(electron, now);
         }
         self.start_ready();
     }
@@ -50,6 +79,7 @@ impl Worker {
                 let limit = humantime::format_duration(at.saturating_duration_since(began.instant));
                 format!("did not finish within {limit}")
             }
+            _ if held.is_cancelled(&self.asker.node.cancelled) => GIVEN_UP.to_owned(),
             _ => "its deadline passed while it ran".to_owned(),
         };
         if self.atom.kind != Kind::Singleton {

@@ -7,6 +7,7 @@
 )]
 
 mod atoms;
+mod cancelling;
 mod completion;
 mod conductors;
 mod drain;

@@ -9,8 +9,9 @@ use std::{
 };
 
 use atomizer::{
-    Address, Delivery, Electron, ElectronId, Envelope, Extra, Failure, FailureKind, Message,
-    Outcome, Parent, Payload, Properties, ReplyTo, ResultsId, SendError, SettleError, Ticket,
+    Address, Cancel, Delivery, Electron, ElectronId, Envelope, Extra, Failure, FailureKind,
+    Message, Outcome, Parent, Payload, Properties, ReplyTo, ResultsId, SendError, SettleError,
+    Ticket,
 };
 
 use crate::{
@@ -707,4 +708,30 @@ pub async fn a_result_address_keeps_outcomes_until_they_are_read(world: &impl Wo
     reader.post(last.to.clone(), last.message.clone()).await.expect("the outcome is safe");
     let (seen, _) = results.answer().await;
     assert_ne!(seen.electron, asked.id, "what is read is gone");
+}
+
+/// Where there is a way to all nodes, it leads to each that takes electrons, and does not mind if there is none.
+pub async fn what_is_for_all_nodes_reaches_each_that_takes_electrons(world: &impl World) {
+    let asker = Node::new(world, "asker").await;
+    let cancel = || Message::from(Cancel::new(asker.id.clone(), 3, vec![ElectronId::new()]));
+    match asker.post(Address::Nodes, cancel()).await {
+        Err(SendError::Refused(_)) => return,
+        // To nobody: as the conductor will.
+        Ok(()) | Err(SendError::Unroutable(_)) => {}
+        Err(error) => panic!("not sent: {error}"),
+    }
+    let workers = [Node::new(world, "worker").await, Node::new(world, "worker").await];
+    let mut takers = Vec::new();
+    for worker in &workers {
+        takers.push((worker.inbox().await, worker.take(1).await));
+    }
+    let Message::Cancel(sent) = cancel() else { unreachable!("it is one") };
+    asker.post(Address::Nodes, Message::Cancel(Arc::clone(&sent))).await.expect("it is sent");
+    for (inbox, _) in &mut takers {
+        let delivery = inbox.one().await;
+        let Message::Cancel(heard) = &delivery.message else {
+            panic!("not a cancel: {delivery:?}")
+        };
+        assert_eq!(*heard, sent);
+    }
 }

@@ -90,6 +90,7 @@ macro_rules! conformance_tests {
             the_census_counts
             a_delayed_electron_does_not_come_before_its_time
             a_result_address_keeps_outcomes_until_they_are_read
+            what_is_for_all_nodes_reaches_each_that_takes_electrons
         }
     };
     ($world:expr; $($rule:ident)*) => {

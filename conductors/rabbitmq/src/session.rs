@@ -6,7 +6,7 @@ use std::{
     num::NonZeroUsize,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -89,6 +89,8 @@ pub(crate) struct RabbitSession {
     declared: Mutex<HashSet<AtomId>>,
     /// Held while queues are declared: a thousand sends at once are not to declare the same queue a thousand times.
     declaring: AsyncMutex<()>,
+    /// Whether the inbox is to hear what is for all nodes: of those that take electrons.
+    hears_all: AtomicBool,
     tasks: Mutex<JoinSet<()>>,
 }
 
@@ -153,6 +155,7 @@ impl RabbitSession {
             inbox_silences: AtomicU32::new(0),
             declared: Mutex::default(),
             declaring: AsyncMutex::default(),
+            hears_all: AtomicBool::new(false),
             tasks: Mutex::new(tasks),
         })
     }
@@ -271,6 +274,14 @@ impl RabbitSession {
             if deleting.await.is_ok() {
                 inboxes.tried(&name);
             }
+        }
+    }
+
+    /// Has the inbox hear what is for all nodes: a help that others do not rely on.
+    async fn hear_all(&self) {
+        let binding = self.topology.bind_inbox(&self.consuming, &self.node);
+        if let Err(error) = self.life.bound(REQUEST_TIMEOUT, binding).await {
+            tracing::warn!(%error, "what other nodes give up is not heard of here");
         }
     }
 
@@ -477,6 +488,9 @@ impl Session for RabbitSession {
         let (queue, atom) = match source {
             Source::Atom(atom) => {
                 self.declare_atom(&atom).await.map_err(SessionError::lost)?;
+                if !self.hears_all.swap(true, Ordering::Relaxed) {
+                    self.hear_all().await;
+                }
                 (self.topology.atom_queue(&atom), Some(atom))
             }
             Source::Inbox => {
@@ -485,6 +499,9 @@ impl Session for RabbitSession {
                 let inboxes = &self.options.inboxes;
                 let making = inboxes.make(&self.topology, &self.consuming, &self.node);
                 self.life.bound(REQUEST_TIMEOUT, making).await?;
+                if self.hears_all.load(Ordering::Relaxed) {
+                    self.hear_all().await;
+                }
                 (inbox, None)
             }
             Source::Results(id) => {

@@ -125,6 +125,7 @@ impl Topology {
         match to {
             Address::Atom(atom) => Ok(on_exchange(atom_key(atom))),
             Address::DeadLetter(_) => Ok(on_exchange(DEAD_KEY.to_owned())),
+            Address::Nodes => Ok(on_exchange(NODES_KEY.to_owned())),
             // The default exchange routes to any queue by its name: `reply_to` means the same to every
             // AMQP client.
             Address::Reply(reply_to) => match ShortString::try_new(reply_to.as_str()) {
@@ -186,6 +187,18 @@ impl Topology {
         let mut inbox = quorum();
         inbox.insert("x-expires".into(), milliseconds(INBOX_EXPIRES));
         declare_queue(connection, name, inbox).await
+    }
+
+    /// Leads what is for all nodes to the inbox of one.
+    pub(crate) async fn bind_inbox(
+        &self,
+        connection: &Connection,
+        node: &NodeId,
+    ) -> lapin::Result<()> {
+        let inbox = self.inbox_queue(node);
+        let bind =
+            async |channel: &Channel| bind_queue(channel, &inbox, &self.namespace, NODES_KEY).await;
+        on_own_channel(connection, bind).await
     }
 
     /// Makes sure of a result address. It is read by its name, so it is bound to nothing.
@@ -254,6 +267,7 @@ impl Topology {
 }
 
 pub(crate) const DEAD_KEY: &str = "dead";
+const NODES_KEY: &str = "nodes";
 
 pub(crate) fn atom_key(atom: &AtomId) -> String {
     format!("atom.{atom}")

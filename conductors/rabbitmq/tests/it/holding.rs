@@ -235,12 +235,15 @@ impl Atom for Fibonacci {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_atom_that_spawns_itself_finishes_with_a_window_of_one() {
     let vhost = vhost().await;
-    let node = Atomizer::builder().conductor(rabbit(&vhost.url())).atom(Fibonacci);
-    let node = node.start().await.unwrap();
-    let told = node.events();
-    assert_eq!(soon(node.call::<Fibonacci>(9).into_future()).await.unwrap(), 34);
-    node.drain().await.unwrap();
-    drop(node);
-    nothing_was_lost(told).await;
+    // From queue to queue, and each in the slot of its parent.
+    for waiting_max in [10_000, 0] {
+        let node = Atomizer::builder().conductor(rabbit(&vhost.url())).atom(Fibonacci);
+        let node = node.waiting_max(waiting_max).concurrency(1).start().await.unwrap();
+        let told = node.events();
+        assert_eq!(soon(node.call::<Fibonacci>(14).into_future()).await.unwrap(), 377);
+        node.drain().await.unwrap();
+        drop(node);
+        nothing_was_lost(told).await;
+    }
     blocking(move || drop(vhost)).await;
 }

@@ -5,6 +5,7 @@
 mod addresses;
 mod answers;
 mod aside;
+mod cancelling;
 mod cluster;
 mod dead;
 mod delays;

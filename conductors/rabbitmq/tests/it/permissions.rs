@@ -54,8 +54,8 @@ impl Users {
 const CALLER: [&str; 3] = [r"^atomizer\.inbox\.", r"^atomizer($|\.delay\.)", r"^atomizer\.inbox\."];
 const WORKER: [&str; 3] = [
     r"^atomizer\.(inbox|lease)\.",
-    r"^(atomizer($|\.(lease|delay)\.)|amq\.default$)",
-    r"^atomizer\.(atom|inbox|lease)\.",
+    r"^(atomizer($|\.(inbox|lease|delay)\.)|amq\.default$)",
+    r"^atomizer($|\.(atom|inbox|lease)\.)",
 ];
 const OPERATOR: [&str; 3] = ["^$", "^atomizer$", r"^atomizer\.dead$"];
 
