@@ -15,7 +15,7 @@ use crate::process;
 use crate::server::Server;
 
 /// How long a start may take; 3 to 7 s on a quiet machine, 16 s on a busy one.
-pub(crate) const START_MAX: Duration = Duration::from_secs(90);
+pub(crate) const START_MAX: Duration = Duration::from_secs(240);
 
 /// How long one question whether something is ready may take.
 pub(crate) const PROBE_MAX: Duration = Duration::from_secs(2);
