@@ -5,6 +5,7 @@
 mod chaos;
 mod crash;
 mod dead;
+mod fan_out;
 mod payloads;
 mod requirements;
 

@@ -1,11 +1,12 @@
 //! A node that squares and adds up; for tests, which kill it.
 //!
-//! `adder URL` serves until its standard input ends, and then stops in order.
+//! `adder URL` serves until its standard input ends, and then stops in order. `adder URL N` has the numbers below N squared
+//! by whoever serves, the outcomes sent to the result address `squares`, and is gone.
 
 use std::{env, io, thread, time::Duration};
 
 use anyhow::Context as _;
-use atomizer::prelude::*;
+use atomizer::{ResultsId, prelude::*};
 use atomizer_rabbitmq::RabbitMq;
 use tokio::sync::oneshot;
 
@@ -36,10 +37,30 @@ impl Atom for Sum {
     }
 }
 
+/// Has numbers squared, and waits for none.
+struct Scatter;
+
+impl Atom for Scatter {
+    const ID: &'static str = "adder.scatter";
+    const KIND: Kind = Kind::Spawner;
+    type Input = u64;
+    type Output = usize;
+
+    async fn process(&self, cx: &Context, count: u64) -> Result<usize> {
+        let squares = cx.result_address(&ResultsId::from_static("squares")).await?;
+        Ok(cx.spawning().results_to(squares).all::<Square>(0..count).await?)
+    }
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let url = env::args().nth(1).context("usage: adder URL")?;
     let builder = Atomizer::builder().name("adder").conductor(RabbitMq::from_url(&url)?);
+    if let Some(count) = env::args().nth(2) {
+        let node = builder.atom(Scatter).start().await?;
+        node.call::<Scatter>(count.parse()?).await?;
+        return Ok(node.drain().await?);
+    }
     // Its nodes are killed at random, again and again, which is no fault of an electron that was there each time.
     let node = builder.atom(Square).atom(Sum).lives_max(100).start().await?;
     let (end, ended) = oneshot::channel();
