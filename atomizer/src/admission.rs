@@ -19,7 +19,7 @@ use std::{
     },
 };
 
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use crate::{Options, run::Waits};
 
@@ -264,6 +264,8 @@ pub(crate) struct Slot {
     /// Held by the branch of the atom that queues for the permit, so that no other queues behind it for one
     /// that this slot holds.
     resuming: tokio::sync::Mutex<()>,
+    /// Rung when a permit that was lent is back.
+    returned: Notify,
     /// Who is told when it gives back its permit for a while.
     waits: Option<Waits>,
     /// The parent that has lent the permit.
@@ -293,6 +295,7 @@ impl Slot {
             permit: Mutex::new(place),
             polls: AtomicU32::new(0),
             resuming: tokio::sync::Mutex::new(()),
+            returned: Notify::new(),
             waits: None,
             lender: None,
         }
@@ -337,6 +340,7 @@ impl Slot {
         let unwanted = match (now, permit) {
             (Place::Lent { _kept, .. }, Some(permit)) => {
                 *place = Place::Running { permit, _kept };
+                self.returned.notify_one();
                 None
             }
             (Place::Lent { _kept, _counted }, None) => {
@@ -380,10 +384,16 @@ impl Slot {
         let output = future.await;
         {
             let _only_one = self.resuming.lock().await;
-            if let Some((admission, lane)) = self.waiting()
-                && let Ok(permit) = admission.acquire(*lane, Priority::Resume).await
-            {
-                self.resume(permit);
+            while let Some((admission, lane)) = self.waiting() {
+                tokio::select! {
+                    permit = admission.acquire(*lane, Priority::Resume) => match permit {
+                        Ok(permit) => self.resume(permit),
+                        // An error says that the node is gone.
+                        Err(_) => break,
+                    },
+                    // What another branch had lent to a child.
+                    () = self.returned.notified() => {}
+                }
             }
         }
         drop(resume);
@@ -675,6 +685,21 @@ mod tests {
             .await
             .expect("it goes on");
         assert!(admission.try_acquire(lane).is_none(), "it was taken again");
+    }
+
+    #[tokio::test]
+    async fn a_branch_that_queues_goes_on_with_what_another_had_lent() {
+        let admission = Admission::new(1);
+        let lane = admission.add_lane(1, false);
+        let parent = Arc::new(Slot::new(admission.try_acquire(lane).unwrap()));
+        let child = parent.lend(lane).unwrap();
+        let queues = parent.wait(async {});
+        let mut queues = std::pin::pin!(queues);
+        assert!(futures::poll!(&mut queues).is_pending(), "the child has the permit");
+        child.revoke();
+        let limit = std::time::Duration::from_secs(10);
+        tokio::time::timeout(limit, queues).await.expect("it goes on");
+        tokio::time::timeout(limit, parent.wait(async {})).await.expect("and waits again");
     }
 
     #[test]

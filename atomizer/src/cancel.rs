@@ -5,10 +5,10 @@
 //! that does not hear of it runs the child to its end, and the answer is dropped.
 
 use std::{
-    collections::VecDeque,
+    collections::{VecDeque, hash_map::Entry},
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -27,8 +27,8 @@ use crate::{Address, Electron, ElectronId, Envelope, Message, NodeId, link::Link
 pub struct Cancel {
     /// The node that asked them. What another asks under the same ids, for a later life of their parent, is wanted.
     pub sender: NodeId,
-    /// In which [round](crate::Parent::round) of their parent they were asked, or in an earlier one.
-    pub round: u32,
+    /// They were asked in this [round](crate::Parent::round), or an earlier one.
+    pub round: u64,
     /// The children.
     pub electrons: Vec<ElectronId>,
 }
@@ -39,7 +39,7 @@ impl Cancel {
 
     /// Puts it together.
     #[must_use]
-    pub fn new(sender: NodeId, round: u32, electrons: Vec<ElectronId>) -> Self {
+    pub fn new(sender: NodeId, round: u64, electrons: Vec<ElectronId>) -> Self {
         Self { sender, round, electrons }
     }
 }
@@ -55,6 +55,8 @@ pub(crate) struct Cancelled {
     known: Mutex<Known>,
     /// How many there are, to be read without the lock.
     count: AtomicUsize,
+    /// How often this node has given up children.
+    round: AtomicU64,
     /// Counts what is told, for those who wait for it.
     told: watch::Sender<u64>,
     /// How many messages are on their way to other nodes.
@@ -63,7 +65,7 @@ pub(crate) struct Cancelled {
 
 #[derive(Debug, Default)]
 struct Known {
-    by_id: FxHashMap<ElectronId, (NodeId, u32)>,
+    by_id: FxHashMap<ElectronId, (NodeId, u64)>,
     /// In the order in which they are forgotten.
     order: VecDeque<ElectronId>,
 }
@@ -71,17 +73,26 @@ struct Known {
 impl Default for Cancelled {
     fn default() -> Self {
         let (told, unsent) = (watch::Sender::new(0), watch::Sender::new(0));
-        Self { known: Mutex::default(), count: AtomicUsize::new(0), told, unsent }
+        let (count, round) = (AtomicUsize::new(0), AtomicU64::new(0));
+        Self { known: Mutex::default(), count, round, told, unsent }
     }
 }
 
 impl Cancelled {
     /// Remembers it, and tells the workers.
     pub(crate) fn add(&self, cancel: &Cancel) {
-        let mut known = self.lock();
+        let mut locked = self.lock();
+        let known = &mut *locked;
         for electron in &cancel.electrons {
-            if known.by_id.insert(*electron, (cancel.sender.clone(), cancel.round)).is_none() {
-                known.order.push_back(*electron);
+            let of = (cancel.sender.clone(), cancel.round);
+            match known.by_id.entry(*electron) {
+                Entry::Vacant(entry) => {
+                    entry.insert(of);
+                    known.order.push_back(*electron);
+                }
+                // What comes late takes nothing back.
+                Entry::Occupied(entry) if entry.get().0 == of.0 && entry.get().1 >= of.1 => {}
+                Entry::Occupied(mut entry) => drop(entry.insert(of)),
             }
         }
         while known.order.len() > KNOWN_MAX {
@@ -90,7 +101,7 @@ impl Cancelled {
             }
         }
         self.count.store(known.by_id.len(), Ordering::Release);
-        drop(known);
+        drop(locked);
         self.told.send_modify(|told| *told += 1);
     }
 
@@ -106,6 +117,16 @@ impl Cancelled {
             .by_id
             .get(&electron.id)
             .is_some_and(|(by, round)| by == sender && parent.round <= *round)
+    }
+
+    /// Returns in which round children are asked now.
+    pub(crate) fn round(&self) -> u64 {
+        self.round.load(Ordering::Acquire)
+    }
+
+    /// Ends a round, and returns which.
+    pub(crate) fn next_round(&self) -> u64 {
+        self.round.fetch_add(1, Ordering::AcqRel)
     }
 
     /// Returns what changes whenever something is told.
@@ -180,7 +201,7 @@ mod tests {
     use super::*;
     use crate::{AtomId, Parent, Payload};
 
-    fn child(index: u64, round: u32, sender: &NodeId) -> Electron {
+    fn child(index: u64, round: u64, sender: &NodeId) -> Electron {
         let parent: ElectronId = "01932c07-e8f1-7a3b-9c4d-5e6f70819203".parse().unwrap();
         let atom = AtomId::from_static("child");
         let mut child = Electron::with_id(parent.child(index), atom, Payload::json("1"));
@@ -200,6 +221,8 @@ mod tests {
         assert!(!cancelled.contains(&child(0, 2, &here)), "asked again since");
         assert!(!cancelled.contains(&child(0, 1, &there)), "asked by another node");
         assert!(!cancelled.contains(&child(1, 1, &here)), "another child");
+        cancelled.add(&Cancel::new(here.clone(), 0, vec![child(0, 0, &here).id]));
+        assert!(cancelled.contains(&child(0, 1, &here)), "what comes late takes nothing back");
     }
 
     #[test]

@@ -257,7 +257,7 @@ impl Context {
         let index = self.next_child.fetch_add(1, Ordering::Relaxed);
         let parent = self.electron.id;
         let mut child = Electron::with_id(parent.child(index), atom, payload);
-        child.parent = Some(Parent { id: parent, index, round: self.round() });
+        child.parent = Some(Parent { id: parent, index, round: self.asker.node.cancelled.round() });
         child.deadline =
             self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         for name in TRACE_HEADERS {
@@ -268,17 +268,12 @@ impl Context {
         child
     }
 
-    /// Which life of its electron this is: what earlier ones asked may be given up without this one.
-    fn round(&self) -> u32 {
-        let Electron { attempts, lives, passes, .. } = &*self.electron;
-        attempts.saturating_add(*lives).saturating_add(*passes)
-    }
-
     /// Says that some children are not wanted any more, wherever they are.
     pub(crate) fn give_up(&self, children: &[ElectronId]) {
         let Asker { node, link } = &self.asker;
+        let round = node.cancelled.next_round();
         for children in children.chunks(Cancel::ELECTRONS_MAX) {
-            let cancel = Cancel::new(node.id.clone(), self.round(), children.to_vec());
+            let cancel = Cancel::new(node.id.clone(), round, children.to_vec());
             link.telling.give_up(&node.cancelled, cancel);
         }
     }

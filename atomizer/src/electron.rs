@@ -125,9 +125,9 @@ pub struct Parent {
     pub id: ElectronId,
     /// Which of the parent's children it is, counted from 0.
     pub index: u64,
-    /// How often the parent had been begun before it asked, as far as that is known: it grows from one of its lives to
-    /// the next, in which it may ask for the same children again.
-    pub round: u32,
+    /// How often its node had given up children before this one was asked: what is given up is told from what the same
+    /// parent, or a later life of it on the same node, asks under the same id afterwards.
+    pub round: u64,
 }
 
 impl Parent {
@@ -137,9 +137,9 @@ impl Parent {
         Self { id, index, round: 0 }
     }
 
-    /// Says how often the parent had been begun before.
+    /// Says how often its node had given up children before.
     #[must_use]
-    pub fn round(mut self, round: u32) -> Self {
+    pub fn round(mut self, round: u64) -> Self {
         self.round = round;
         self
     }

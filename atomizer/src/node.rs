@@ -26,9 +26,14 @@ pub(crate) struct Node {
     pub(crate) critical: Critical,
     /// Children that nobody wants.
     pub(crate) cancelled: Cancelled,
+    /// For those that are parked because what they emit is not taken: a few, or memory would be their only bound.
+    pub(crate) held_up: Arc<Semaphore>,
     /// Runs that do not stop.
     stuck: AtomicUsize,
 }
+
+/// How many electrons may be parked on their way out.
+const HELD_UP_MAX: usize = 1024;
 
 /// What a node is told once, for all atoms.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +68,7 @@ impl Node {
             suspects: Arc::new(Semaphore::new(1)),
             critical: Critical::default(),
             cancelled: Cancelled::default(),
+            held_up: Arc::new(Semaphore::new(HELD_UP_MAX)),
             stuck: AtomicUsize::new(0),
         }
     }

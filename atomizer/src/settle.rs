@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::time::Instant;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
     Address, AtomId, Electron, Envelope, EventKind, Failure, FailureKind, Message, Outcome,
@@ -42,6 +42,8 @@ pub(crate) struct Ending {
     held_up: Option<Instant>,
     /// Whether it is held outside of the window, or cannot be.
     parked: bool,
+    /// Its place among those that are, for this reason.
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 #[derive(Debug)]
@@ -89,7 +91,7 @@ impl Settlement {
 
     /// Parks it when it was not taken for long: others need its place in the window.
     pub(crate) async fn park(&mut self, asker: &Asker) {
-        let Ending { subject: Subject::Electron { electron, .. }, held_up, parked, .. } =
+        let Ending { subject: Subject::Electron { electron, .. }, held_up, parked, _place, .. } =
             &mut self.ending
         else {
             return;
@@ -98,6 +100,9 @@ impl Settlement {
         if *parked || !is_held_up {
             return;
         }
+        let places = Arc::clone(&asker.node.held_up);
+        let Ok(place) = places.try_acquire_owned() else { return };
+        *_place = Some(place);
         let Some((ticket, result)) = self.ticket.as_mut().and_then(Claim::park) else { return };
         let held = park(asker, ticket, Arc::clone(electron)).await;
         // What never can be parked is held as it is.
@@ -141,7 +146,15 @@ pub(crate) enum Verdict {
 
 impl Ending {
     fn new(subject: Subject) -> Self {
-        Self { subject, unclaimed: None, not_settled: None, tries: 0, held_up: None, parked: false }
+        Self {
+            subject,
+            unclaimed: None,
+            not_settled: None,
+            tries: 0,
+            held_up: None,
+            parked: false,
+            _place: None,
+        }
     }
 
     /// True when a failure may be answered in place of what was too large. It is all that was emitted then.

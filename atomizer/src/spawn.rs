@@ -111,7 +111,10 @@ impl<'cx> Spawning<'cx> {
                 let child = child.map_err(|source| ChildError { index: sent + at, source })?;
                 envelopes.push(self.envelope(child));
             }
-            self.send(&envelopes)
+            // Without the permit: who is to make room may need it.
+            self.cx
+                .slot
+                .wait(self.send(&envelopes))
                 .await
                 .map_err(|(at, source)| ChildError { index: sent + at, source })?;
             sent += envelopes.len();

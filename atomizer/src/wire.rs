@@ -50,8 +50,8 @@ pub mod header {
     pub const PARENT: &str = "atomizer-parent";
     /// Which child of its parent it is, counted from 0.
     pub const INDEX: &str = "atomizer-index";
-    /// How often its parent had been begun before (electron), or up to which of these the children are meant
-    /// (cancel); absent means 0.
+    /// How often the sender had given up children before it asked (electron), or up to which of these rounds the children
+    /// are meant (cancel); absent means 0.
     pub const ROUND: &str = "atomizer-round";
     /// Attempts failed so far (electron), or which attempt answers, counted from 1 (answer).
     pub const ATTEMPT: &str = "atomizer-attempt";

@@ -248,7 +248,7 @@ proptest! {
         electron.payload = Payload { content_type: content_type.as_str().into(), body: body.into() };
         electron.correlation_id = correlation_id;
         electron.parent =
-            index.map(|index| Parent::new(PARENT.parse().unwrap(), index).round(attempts / 2));
+            index.map(|index| Parent::new(PARENT.parse().unwrap(), index).round(u64::from(attempts)));
         electron.attempts = attempts;
         electron.time_limit = time_limit_ms.map(Duration::from_millis);
         electron.history =

@@ -34,6 +34,9 @@ impl Worker {
             self.emit(|atom| EventKind::Received { electron: id, atom, attempt, redeliveries });
             let claim = Claim::Delivered { ticket, until };
             if self.is_duplicate_of_once(id) {
+                if let Some(begun) = self.begun.get_mut(&id) {
+                    begun.held_mut().answer_to(&electron);
+                }
                 self.drop_duplicate(claim);
                 continue;
             }

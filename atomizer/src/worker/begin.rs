@@ -68,11 +68,11 @@ impl Worker {
 
     /// Returns an electron whose deadline is not over; the others fail.
     pub(super) fn unexpired(&self, mut held: Held, began: Began) -> Option<Held> {
-        if !held.is_expired(began.instant) {
+        let is_cancelled = held.is_cancelled(&self.asker.node.cancelled);
+        if !is_cancelled && !held.is_expired(began.instant) {
             return Some(held);
         }
-        let message =
-            if held.is_cancelled(&self.asker.node.cancelled) { GIVEN_UP } else { EXPIRED };
+        let message = if is_cancelled { GIVEN_UP } else { EXPIRED };
         let failure = Failure::new(FailureKind::Expired, message);
         let failure = self.stamp(failure, &held.electron);
         let asked = held.electron.reply_to.is_some();
@@ -110,7 +110,12 @@ impl Worker {
             Ok(()) if self.draining => {
                 self.hand_on(held, Began::now(), Duration::ZERO, NODE_STOPS.to_owned());
             }
-            Ok(()) => self.begin(held, permit, Began::now()),
+            Ok(()) => {
+                let began = Began::now();
+                if let Some(held) = self.unexpired(held, began) {
+                    self.begin(held, permit, began);
+                }
+            }
             // It may have been removed or not. It must not be begun here: it may be begun elsewhere.
             Err(error) => self.let_go(&held, error.to_string()),
         }

@@ -46,9 +46,24 @@ impl Held {
         match &mut self.ticket {
             Some(held) if is_gone(held) => {
                 *held = claim;
-                self.electron = asked_by(&self.electron, &electron);
+                self.answer_to(&electron);
             }
             _ => self.adopted.push((electron, claim)),
+        }
+    }
+
+    /// Has it answered to who asked for this copy of it: its parent may have begun anew on another node.
+    pub(super) fn answer_to(&mut self, copy: &Electron) {
+        let Electron { reply_to, correlation_id, sender, parent, .. } = copy;
+        let held = &self.electron;
+        let same = (&held.reply_to, &held.correlation_id, &held.sender, &held.parent)
+            == (reply_to, correlation_id, sender, parent);
+        if !same {
+            let held = Arc::make_mut(&mut self.electron);
+            held.reply_to.clone_from(reply_to);
+            held.correlation_id.clone_from(correlation_id);
+            held.sender.clone_from(sender);
+            held.parent = *parent;
         }
     }
 
@@ -88,23 +103,6 @@ impl Held {
     pub(super) fn is_expired(&self, now: Instant) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
-}
-
-/// An electron as far as it has got here, answered to who asked for this copy of it: its parent may have begun anew
-/// on another node.
-fn asked_by(held: &Arc<Electron>, copy: &Electron) -> Arc<Electron> {
-    let Electron { reply_to, correlation_id, sender, parent, .. } = copy;
-    if (&held.reply_to, &held.correlation_id, &held.sender, &held.parent)
-        == (reply_to, correlation_id, sender, parent)
-    {
-        return Arc::clone(held);
-    }
-    let mut electron = Electron::clone(held);
-    electron.reply_to.clone_from(reply_to);
-    electron.correlation_id.clone_from(correlation_id);
-    electron.sender.clone_from(sender);
-    electron.parent = *parent;
-    Arc::new(electron)
 }
 
 pub(super) enum Begun {

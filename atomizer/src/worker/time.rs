@@ -32,9 +32,10 @@ impl Worker {
         }
         let mut over = Vec::new();
         for (id, begun) in &mut self.begun {
-            // What runs inline ends with its parent.
+            // What runs inline with its parent's permit ends with that.
+            let is_lent = matches!(begun, Begun::Running(running) if running.over.is_some());
             let held = begun.held_mut();
-            if !held.inline && held.is_cancelled(cancelled) {
+            if !is_lent && held.is_cancelled(cancelled) {
                 held.deadline = Some(now);
                 over.push(*id);
             }

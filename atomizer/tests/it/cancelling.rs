@@ -29,6 +29,20 @@ impl Atom for Fickle {
     }
 }
 
+/// Asks a parent, which has not been begun before, as far as that knows, in each attempt of this.
+struct Grandparent;
+
+impl Atom for Grandparent {
+    const ID: &'static str = "grandparent";
+    const KIND: Kind = Kind::Spawner;
+    type Input = u64;
+    type Output = u64;
+
+    async fn process(&self, cx: &Context, children: u64) -> Result<u64> {
+        Ok(cx.call::<Fickle>(children).await?)
+    }
+}
+
 /// A node with the parent, and one with room for one child.
 struct Scene {
     changes_its_mind: Arc<Notify>,
@@ -43,7 +57,8 @@ impl Scene {
         let memory = Memory::new();
         let changes_its_mind = Arc::new(Notify::new());
         let fickle = Fickle { changes_its_mind: Arc::clone(&changes_its_mind) };
-        let parents = Atomizer::builder().conductor(memory.clone()).atom(fickle);
+        let parents = Atomizer::builder().conductor(memory.clone());
+        let parents = parents.atom(fickle).atom(Grandparent);
         let parents = parents.drain_timeout(Duration::ZERO).start().await.unwrap();
         let gated = Gated::new(Options::default().concurrency(1));
         let children = Atomizer::builder().conductor(memory).atom(gated.clone());
@@ -91,6 +106,19 @@ async fn a_parent_that_begins_anew_gets_the_children_that_it_had_given_up() {
     let parents = scene.parents.clone();
     let policy = Policy::retry(1).backoff(Backoff::none());
     let call = tokio::spawn(async move { parents.call::<Fickle>(10).policy(policy).await });
+    until(&mut scene.events, started).await;
+    scene.changes_its_mind.notify_one();
+    scene.given_up(10).await;
+    scene.gated.open(10);
+    assert_eq!(call.await.unwrap().unwrap(), 45);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_parent_that_is_asked_anew_gets_the_children_that_it_had_given_up() {
+    let mut scene = Scene::new().await;
+    let parents = scene.parents.clone();
+    let policy = Policy::retry(1).backoff(Backoff::none());
+    let call = tokio::spawn(async move { parents.call::<Grandparent>(10).policy(policy).await });
     until(&mut scene.events, started).await;
     scene.changes_its_mind.notify_one();
     scene.given_up(10).await;

@@ -716,7 +716,7 @@ pub async fn what_is_for_all_nodes_reaches_each_that_takes_electrons(world: &imp
     let cancel = || Message::from(Cancel::new(asker.id.clone(), 3, vec![ElectronId::new()]));
     match asker.post(Address::Nodes, cancel()).await {
         Err(SendError::Refused(_)) => return,
-        // To nobody: as the conductor will.
+        // To nobody.
         Ok(()) | Err(SendError::Unroutable(_)) => {}
         Err(error) => panic!("not sent: {error}"),
     }

@@ -15,14 +15,14 @@ use async_trait::async_trait;
 use atomizer::{
     Address as To, AtomId, Census, Electron, Envelope, Epoch, Limits, Message, NodeId, OpenError,
     Outcome, ReplyTo, ResultsId, SendError, Session, SessionError, SettleError, Source,
-    Subscription, Ticket,
+    Subscription, Ticket, wire::Wire,
 };
 use futures::future::join_all;
 use lapin::{
     Channel, Connection, Consumer,
     options::{
-        BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
-        QueueDeleteOptions,
+        BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
     },
     protocol::AMQPSoftError,
     types::FieldTable,
@@ -37,6 +37,7 @@ use tokio::{
 use crate::{
     aside::{Aside, Suspects},
     connect::{Address, Connected, Patience, plain},
+    convert,
     declare::{Declarer, NOT_MADE, found, on_own_channel, refusal},
     delay::Ladder,
     inbox::Inboxes,
@@ -45,7 +46,7 @@ use crate::{
     life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
     publisher::{Moves, Publisher, Via},
     server::Server,
-    topology::{Topology, TopologyMode},
+    topology::{Route, Topology, TopologyMode},
     watchdog::Watchdog,
 };
 
@@ -53,6 +54,9 @@ use crate::{
 const SILENCES_MAX: u32 = 2;
 /// How long deleting a queue without a leader may take: a broker asks each of its members first, for 5 s.
 const LEADERLESS_DELETE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long what is for all nodes waits to be read, in milliseconds.
+const TOLD_FOR_MS: &str = "60000";
 
 /// What all sessions of a conductor are to be like.
 #[derive(Clone, Debug)]
@@ -283,6 +287,22 @@ impl RabbitSession {
         if let Err(error) = self.life.bound(REQUEST_TIMEOUT, binding).await {
             tracing::warn!(%error, "what other nodes give up is not heard of here");
         }
+    }
+
+    /// Publishes what is for all nodes, over a channel of its own and unconfirmed: one inbox that takes nothing would
+    /// be waited for. Who does not read it within a minute need not.
+    async fn tell_all(&self, message: &Message) -> Result<(), SendError> {
+        let Route { exchange, key } = self.topology.route(&To::Nodes)?;
+        let mut wire = Wire::from(Message::clone(message));
+        let body = std::mem::take(&mut wire.body);
+        let properties = convert::properties(wire)?.with_expiration(TOLD_FOR_MS.into());
+        let publish = async |channel: &Channel| {
+            let options = BasicPublishOptions::default();
+            channel.basic_publish(exchange, key, options, &body, properties).await?.await
+        };
+        let publishing =
+            self.life.bound(REQUEST_TIMEOUT, on_own_channel(&self.publishing, publish));
+        publishing.await.map(drop).map_err(|error| SendError::NotTaken(error.to_string()))
     }
 
     fn delete_leaderless(
@@ -544,6 +564,9 @@ impl Session for RabbitSession {
     }
 
     async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
+        if let [Envelope { to: To::Nodes, message, .. }] = envelopes {
+            return vec![self.tell_all(message).await];
+        }
         let refused = self.declare_all(envelopes).await;
         if refused.is_empty() {
             let sent = self.publisher.publish(envelopes, &Via::Address).await;
@@ -656,6 +679,9 @@ impl Session for RabbitSession {
         // Nobody reads it any more: this node is closing for good.
         self.options.inboxes.take_lost(&self.node);
         delete(&self.publishing, &self.topology.inbox_queue(&self.node)).await;
+        for trial in self.options.inboxes.trials() {
+            delete(&self.publishing, &trial).await;
+        }
         for connection in [&self.consuming, &self.publishing] {
             close(connection).await;
         }
