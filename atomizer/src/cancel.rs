@@ -124,9 +124,9 @@ impl Cancelled {
         self.round.load(Ordering::Acquire)
     }
 
-    /// Ends a round, and returns which.
-    pub(crate) fn next_round(&self) -> u64 {
-        self.round.fetch_add(1, Ordering::AcqRel)
+    /// Ends this round, if it has not ended: what is asked from now on is of a later one.
+    pub(crate) fn end_round(&self, round: u64) {
+        self.round.fetch_max(round + 1, Ordering::AcqRel);
     }
 
     /// Returns what changes whenever something is told.

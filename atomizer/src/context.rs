@@ -268,10 +268,10 @@ impl Context {
         child
     }
 
-    /// Says that some children are not wanted any more, wherever they are.
-    pub(crate) fn give_up(&self, children: &[ElectronId]) {
+    /// Says that some children, asked in this round or before, are not wanted any more, wherever they are.
+    pub(crate) fn give_up(&self, children: &[ElectronId], round: u64) {
         let Asker { node, link } = &self.asker;
-        let round = node.cancelled.next_round();
+        node.cancelled.end_round(round);
         for children in children.chunks(Cancel::ELECTRONS_MAX) {
             let cancel = Cancel::new(node.id.clone(), round, children.to_vec());
             link.telling.give_up(&node.cancelled, cancel);

@@ -90,7 +90,7 @@ fn bytes(path: &Path) -> u64 {
 }
 
 fn print(words: &Words, took: Duration, json: bool) -> anyhow::Result<()> {
-    let Words { top, words, distinct, bytes, electrons, unread, .. } = words;
+    let Words { top, words, distinct, bytes, electrons, unread } = words;
     let seconds = took.as_secs_f64();
     if json {
         return say(serde_json::json!({

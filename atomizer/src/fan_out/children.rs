@@ -54,6 +54,8 @@ pub(crate) struct Children<'cx, S> {
     questions: Option<Pin<Box<Fuse<S>>>>,
     asking: Asking,
     next_index: usize,
+    /// In which round the last one was asked.
+    round: u64,
     /// Asked and not answered.
     in_flight: FxHashMap<usize, (ElectronId, Token)>,
     sending: Option<BoxFuture<'cx, Sent>>,
@@ -82,6 +84,7 @@ where
             questions: Some(Box::pin(questions.fuse())),
             asking,
             next_index: 0,
+            round: 0,
             in_flight: FxHashMap::default(),
             sending: None,
             unsent: Vec::new(),
@@ -257,6 +260,7 @@ where
                 child.deadline = Some(child.deadline.map_or(left, |deadline| deadline.min(left)));
             }
             let child = Arc::new(child);
+            self.round = self.round.max(child.parent.map_or(0, |parent| parent.round));
             let token = pending.insert(&child, Waiter::Child(index, self.answer_to.clone()));
             self.in_flight.insert(index, (child.id, token));
             if is_crowded && self.cx.asker.can_run_inline(&child.atom) {
@@ -329,6 +333,6 @@ impl<S> Drop for Children<'_, S> {
             self.cx.asker.node.pending.remove(*id, *token);
         }
         let children: Vec<_> = self.in_flight.values().map(|(id, _)| *id).collect();
-        self.cx.give_up(&children);
+        self.cx.give_up(&children, self.round);
     }
 }

@@ -96,6 +96,9 @@ impl Worker {
     /// Stops a run, and keeps it in mind until it has ended.
     pub(super) fn stop(&mut self, held: &Held, mut run: Run, since: Instant) {
         let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
+        // The next attempt may ask for the same children before this one has let go of them.
+        let cancelled = &self.asker.node.cancelled;
+        cancelled.end_round(cancelled.round());
         run.abort();
         let id = run.id;
         let overdue = Overdue { electron, attempt, since, told: false, counted: false, run };
