@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::broker::Broker;
 use crate::error::BrokerError;
 use crate::guard::Guard;
-use crate::host::Host;
+use crate::host::{Host, START_MAX};
 use crate::http::encode;
 use crate::machinery::{Machinery, Member};
 use crate::network::Network;
@@ -17,8 +17,6 @@ use crate::settings::{Ports, cookie};
 
 /// How many brokers a cluster has: the fewest of which one may be lost.
 const BROKERS: usize = 3;
-/// How long a broker that has paused itself may take to begin again.
-const WHOLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// How long it takes at the most until a broker knows that another is out of reach: three quarters of it to five
 /// quarters.
@@ -216,12 +214,12 @@ impl Cluster {
     ///
     /// # Errors
     ///
-    /// When they do not within a minute.
+    /// When they do not within the time that a broker may take to start.
     pub fn wait_whole(&self) -> Result<(), BrokerError> {
         let whole = ["await_online_nodes", &BROKERS.to_string()];
         self.brokers.iter().try_for_each(|broker| {
             // One that has paused itself begins again some time after it sees the others, and cannot be asked before.
-            let deadline = Instant::now() + WHOLE_WITHIN;
+            let deadline = Instant::now() + START_MAX;
             while broker.ctl(&["eval", "rabbit:is_running()."])?.trim() != "true"
                 && Instant::now() < deadline
             {}
