@@ -21,6 +21,13 @@ pub(crate) enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
+    /// Measures a Monte Carlo estimate within one process against a plain loop on all cores.
+    #[command(disable_help_flag = true)]
+    Montecarlo {
+        /// Arguments of the benchmark itself; `--help` lists them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        arguments: Vec<String>,
+    },
     /// Measures nodes over a private RabbitMQ against a bare client of the same guarantees.
     #[command(disable_help_flag = true)]
     Rabbitmq {
@@ -51,6 +58,7 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::InProcess { arguments } => run_bin("in-process", arguments),
         Bench::FanOut { arguments } => run_bin("fan-out", arguments),
+        Bench::Montecarlo { arguments } => run_bin("montecarlo", arguments),
         Bench::Rabbitmq { arguments } => run_bin("rabbitmq", arguments),
     }
 }
