@@ -67,11 +67,14 @@ impl Pending {
         token
     }
 
-    pub(crate) fn remove(&self, id: ElectronId, token: Token) {
+    /// Does not wait any longer. Returns the question, if it was not answered.
+    fn remove(&self, id: ElectronId, token: Token) -> Option<Arc<Electron>> {
         let mut waiting = self.lock();
-        if waiting.by_id.get(&id).is_some_and(|waits| waits.token == token) {
-            drop(waiting.by_id.remove(&id));
+        let waits = waiting.by_id.get(&id)?;
+        if waits.token != token {
+            return None;
         }
+        waiting.by_id.remove(&id).map(|waits| waits.question)
     }
 
     /// Lets go of all who wait: the node has stopped.
@@ -83,7 +86,18 @@ impl Pending {
 
     /// Hands an answer to who waits for it. False when nobody does.
     pub(crate) fn resolve(&self, answer: Arc<Properties>) -> bool {
-        let waits = self.lock().by_id.remove(&answer.electron);
+        let mut waiting = self.lock();
+        let waits = waiting.by_id.get(&answer.electron);
+        // What a parent asks anew has the same id, but may be something else than what this answers.
+        let is_answered = |waits: &Waits| match &waits.question.correlation_id {
+            Some(asked) => answer.correlation_id.as_ref() == Some(asked),
+            None => true,
+        };
+        if !waits.is_some_and(is_answered) {
+            return false;
+        }
+        let waits = waiting.by_id.remove(&answer.electron);
+        drop(waiting);
         match waits.map(|waits| waits.waiter) {
             Some(Waiter::Call(tx)) => tx.send(answer).is_ok(),
             Some(Waiter::Child(index, tx)) => tx.try_send((index, answer)).is_ok(),
@@ -127,6 +141,14 @@ impl Asker {
         electron.sender = Some(self.node.id.clone());
         electron.reply_to = Some(self.link.reply_to().clone());
         electron
+    }
+
+    /// Does not wait for an answer any longer. What is asked from now on, it may be under the same id, is told from it.
+    pub(crate) fn forget(&self, id: ElectronId, token: Token) {
+        let question = self.node.pending.remove(id, token);
+        if let Some(parent) = question.and_then(|question| question.parent) {
+            self.node.cancelled.end_round(parent.round);
+        }
     }
 
     /// Makes an electron safe. The caller bounds the time.
@@ -207,7 +229,7 @@ impl Asker {
         let id = electron.id;
         let (tx, mut rx) = oneshot::channel();
         let token = self.node.pending.insert(&electron, Waiter::Call(tx));
-        let _forget = Forget { node: &self.node, id, token };
+        let _forget = Forget { asker: self, id, token };
         let inline = slot.filter(|_| self.is_crowded());
         let inline = inline.and_then(|slot| Some((slot, self.run_inline(slot, &electron)?)));
         let answered = async {
@@ -255,14 +277,14 @@ fn envelope(electron: &Arc<Electron>) -> Envelope {
 
 /// Takes the entry out when a call is dropped or fails.
 struct Forget<'a> {
-    node: &'a Node,
+    asker: &'a Asker,
     id: ElectronId,
     token: Token,
 }
 
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
-        self.node.pending.remove(self.id, self.token);
+        self.asker.forget(self.id, self.token);
     }
 }
 

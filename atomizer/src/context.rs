@@ -249,7 +249,12 @@ impl Context {
         if self.kind == Kind::Singleton && atom == self.electron.atom {
             return Err(CallError::AsksItself(atom));
         }
-        Ok(self.next_child(atom, payload))
+        let mut child = self.next_child(atom, payload);
+        // Unasked it has the id of the child, and that has been asked before only if a round has ended.
+        child.correlation_id = (child.parent.map(|parent| parent.round))
+            .filter(|round| *round > 0)
+            .map(|round| round.to_string());
+        Ok(child)
     }
 
     /// Makes the next child, without saying yet where it is answered. It is wanted no longer than its parent.

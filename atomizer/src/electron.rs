@@ -125,8 +125,8 @@ pub struct Parent {
     pub id: ElectronId,
     /// Which of the parent's children it is, counted from 0.
     pub index: u64,
-    /// How often its node had given up children before this one was asked: what is given up is told from what the same
-    /// parent, or a later life of it on the same node, asks under the same id afterwards.
+    /// How often its node had given up children before this one was asked: what is given up, and its answer, is told
+    /// from what the same parent, or a later life of it on the same node, asks under the same id afterwards.
     pub round: u64,
 }
 

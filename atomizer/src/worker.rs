@@ -5,10 +5,11 @@
 //!
 //! This file has the loop. What follows from each step is in the files beside it, in the order of a life:
 //! [`arrive`], [`begin`], [`leave`], and [`time`] for what comes by itself; [`park`] for what takes long, [`inline`] for
-//! what comes from a parent instead of the queue.
+//! what comes from a parent instead of the queue, [`ended`] for what comes again after its end.
 
 mod arrive;
 mod begin;
+mod ended;
 mod held;
 mod inline;
 mod leave;
@@ -30,7 +31,10 @@ use tokio::{
     time::{Instant, Sleep, sleep_until, timeout},
 };
 
-use self::held::{Began, Begun, Held, Overdue, Running};
+use self::{
+    ended::Ended,
+    held::{Began, Begun, Held, Overdue, Running},
+};
 use crate::{
     AtomId, Electron, ElectronId, EventKind, Failure, FailureKind, Kind, Options, Policy,
     SettleError, Source,
@@ -81,6 +85,7 @@ pub(crate) struct Worker {
     turn: Option<BoxFuture<'static, Step>>,
     /// Begun here: it runs, or waits for its next attempt. Each once, however often it is delivered.
     begun: FxHashMap<ElectronId, Begun>,
+    ended: Ended,
     /// How many of their deliveries count against the window.
     out: usize,
     /// Runs that waited for something when they were looked at last, the oldest first; some have ended since.
@@ -175,6 +180,7 @@ impl Worker {
             taking: FxHashSet::default(),
             turn: None,
             begun: FxHashMap::default(),
+            ended: Ended::default(),
             out: 0,
             parents: VecDeque::new(),
             parking: 0,

@@ -232,7 +232,7 @@ where
             if let Err(source) = result
                 && let Some((_, token)) = self.in_flight.remove(&index)
             {
-                self.cx.asker.node.pending.remove(id, token);
+                self.cx.asker.forget(id, token);
                 self.arrived.push_back((index, Err(CallError::NotSent { id, source })));
             }
         }
@@ -330,7 +330,7 @@ impl<S> Drop for Children<'_, S> {
             return;
         }
         for (id, token) in self.in_flight.values() {
-            self.cx.asker.node.pending.remove(*id, *token);
+            self.cx.asker.forget(*id, *token);
         }
         let children: Vec<_> = self.in_flight.values().map(|(id, _)| *id).collect();
         self.cx.give_up(&children, self.round);

@@ -6,7 +6,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     EXPIRED, GIVEN_UP, Step, TICK, Worker,
-    held::{Began, Held},
+    held::{Began, Begun, Held},
 };
 use crate::{
     Delivery, Electron, EventKind, Failure, FailureKind, Message, SettleError,
@@ -14,6 +14,7 @@ use crate::{
     ask::Asker,
     claim::Claim,
     life::{Arrival, Fact, Leave, State},
+    run::Success,
     settle::Settlement,
 };
 
@@ -40,13 +41,22 @@ impl Worker {
                 self.drop_duplicate(claim);
                 continue;
             }
-            if let Some(begun) = self.begun.get_mut(&id).filter(|_| electron.atom == self.atom.id) {
-                let held = begun.held_mut();
-                self.out -= held.out();
-                held.adopt(electron, claim);
-                self.out += held.out();
-                self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
-                continue;
+            if electron.atom == self.atom.id {
+                let begun = self.begun.get_mut(&id).map(Begun::held_mut);
+                if let Some(held) = begun.filter(|held| held.is_asked_by(&electron)) {
+                    self.out -= held.out();
+                    held.adopt(electron, claim);
+                    self.out += held.out();
+                    self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
+                    continue;
+                }
+                if let Some(output) = self.ended.output(&electron) {
+                    self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
+                    let (spent, spawned) = (Began::now().spent(now), Vec::new());
+                    let success = Success { output, spawned };
+                    unfit.push(self.settler.done(Some(claim), electron, spent, &success));
+                    continue;
+                }
             }
             // Counted from here, and not beyond what the clock can tell.
             let left = electron.deadline.map(|deadline| deadline.saturating_sub(waited));

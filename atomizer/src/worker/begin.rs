@@ -14,6 +14,7 @@ use crate::{
     claim::Claim,
     life::{Fact, Leave, State},
     run::{Report, RunId, Waits},
+    settle::Why,
 };
 
 impl Worker {
@@ -52,6 +53,9 @@ impl Worker {
         }
         if let Some(begun) = self.begun.get_mut(&id) {
             let first = begun.held_mut();
+            if !first.is_asked_by(&held.electron) {
+                return self.start_later(held);
+            }
             self.out -= first.out();
             if let Some(claim) = held.ticket {
                 first.adopt(held.electron, claim);
@@ -64,6 +68,13 @@ impl Worker {
             return self.take_for_good(held, permit);
         }
         self.begin(held, permit, began);
+    }
+
+    /// Puts back what has the id of something else that is begun: a later life of its parent asks in another order.
+    fn start_later(&self, mut held: Held) {
+        held.on(Fact::Late);
+        let reason = "something else is worked on here under its id".to_owned();
+        self.put_back(held, Began::now(), TICK, &Why::Late(reason));
     }
 
     /// Returns an electron whose deadline is not over; the others fail.

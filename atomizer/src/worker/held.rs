@@ -38,6 +38,12 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// Whether this copy asks the same. A later life of a parent asks its children under the same ids, but not in the
+    /// same order if that comes from elsewhere, such as a directory.
+    pub(super) fn is_asked_by(&self, copy: &Electron) -> bool {
+        self.electron.payload.body == copy.payload.body
+    }
+
     pub(super) fn adopt(&mut self, electron: Arc<Electron>, claim: Claim) {
         // What an earlier session delivered went back when it ended.
         let epoch = claim.epoch();

@@ -10,12 +10,12 @@ use super::{
     held::{Began, Begun, Held, Running},
 };
 use crate::{
-    Electron, ElectronId, EventKind, Failure, FailureKind, NodeError,
+    Electron, ElectronId, EventKind, Failure, FailureKind, NodeError, ReplyTo,
     ask::Asker,
     error::{Directive, Failed},
     life::{Attempt, Fact, Leave, State},
     node::Stage,
-    run::{Reported, RunId, RunResult, What},
+    run::{Reported, RunId, RunResult, Success, What},
     settle::{Settled, Settlement, Verdict, Why, put_back, settle},
 };
 
@@ -77,6 +77,7 @@ impl Worker {
         match result {
             Some(Ok(success)) => {
                 held.on(Fact::Succeeded);
+                self.remember(&held.electron, &success);
                 let spent = began.spent(Instant::now());
                 for (electron, ticket) in held.deliveries() {
                     batch.push(self.settler.done(ticket, electron, spent, &success));
@@ -91,6 +92,17 @@ impl Worker {
             }
         }
         Running::tell_over(over);
+    }
+
+    /// Keeps the output of a child whose parent may begin anew without it: where that is in this process, both end
+    /// together. What it sends besides is sent with it, and not kept.
+    fn remember(&mut self, electron: &Electron, success: &Success) {
+        let is_elsewhere = |to: &ReplyTo| to != self.asker.link.reply_to();
+        let is_remote =
+            electron.parent.is_some() && electron.reply_to.as_ref().is_some_and(is_elsewhere);
+        if is_remote && success.spawned.is_empty() {
+            self.ended.remember(electron, &success.output);
+        }
     }
 
     pub(super) fn after_failure(

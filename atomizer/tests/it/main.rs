@@ -6,6 +6,7 @@
     reason = "a test that panics has failed, and its tasks end with it"
 )]
 
+mod anew;
 mod atoms;
 mod cancelling;
 mod completion;
