@@ -285,8 +285,9 @@ fn register(
     }
     let register = |NewAtom { id, kind, options, atom }: NewAtom| {
         let keeps = kind == Kind::Singleton;
+        let window = options.window(kind);
         let lane = admission.add_lane(options.concurrency_limit(kind), keeps);
-        Registered { id, kind, atom, options, lane }
+        Registered { id, kind, atom, options, window, lane }
     };
     Ok(atoms.into_iter().map(register).collect())
 }

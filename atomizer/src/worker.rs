@@ -55,13 +55,9 @@ pub(crate) struct Registered {
     pub(crate) kind: Kind,
     pub(crate) atom: Arc<dyn Start>,
     pub(crate) options: Options,
+    /// What is held of each conductor's queue.
+    pub(crate) window: NonZeroUsize,
     pub(crate) lane: Lane,
-}
-
-impl Registered {
-    fn window(&self) -> NonZeroUsize {
-        self.options.window(self.kind)
-    }
 }
 
 pub(crate) struct Worker {
@@ -156,7 +152,7 @@ enum Step {
 impl Worker {
     pub(crate) fn new(asker: Asker, atom: Registered, tried: oneshot::Sender<()>) -> Self {
         let source = Source::Atom(atom.id.clone());
-        let intake = Intake::new(&asker, source, atom.window(), tried);
+        let intake = Intake::new(&asker, source, atom.window, tried);
         let settler = Settler { asker: asker.clone(), atom: atom.id.clone() };
         #[expect(clippy::disallowed_methods, reason = "each run in flight puts in one report")]
         let (finish, finished) = mpsc::unbounded_channel();
@@ -245,7 +241,7 @@ impl Worker {
 
     async fn step(&mut self, reached: impl Future<Output = Stage>) -> Step {
         let waiting = self.ready.len() + self.suspects.len() + self.avoiding.len();
-        let room = self.atom.window().get().saturating_sub(waiting);
+        let room = self.atom.window.get().saturating_sub(waiting);
         let max = NonZeroUsize::new(room).filter(|_| !self.draining);
         let alarmed = self.set_alarm();
         tokio::select! {

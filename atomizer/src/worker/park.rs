@@ -64,7 +64,7 @@ impl Worker {
     fn is_full(&self) -> bool {
         let waiting = self.suspects.len() + self.avoiding.len() + usize::from(self.turn.is_some());
         let leaving = self.asked.len().saturating_sub(self.parking);
-        self.ready.is_empty() && waiting + leaving + self.out >= self.atom.window().get()
+        self.ready.is_empty() && waiting + leaving + self.out >= self.atom.window.get()
     }
 
     /// Parks each delivery of an electron.
