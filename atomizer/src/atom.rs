@@ -63,7 +63,7 @@ pub trait Atom: Send + Sync + 'static {
 ///
 /// | | runs at once on a node | at its time limit | while it waits for others | may ask itself |
 /// |---|---|---|---|---|
-/// | `Atomic` | [256](Options::CONCURRENCY_DEFAULT), or as it says; blocking ones one per core | its slot is free at once | its slot is free | yes |
+/// | `Atomic` | [256](Options::CONCURRENCY_DEFAULT), or as it says; blocking ones four more than there are cores | its slot is free at once | its slot is free | yes |
 /// | `Spawner` | the same | the same | the same | yes |
 /// | `Singleton` | 1, over all conductors | its slot waits for the true end | its slot is kept, the node's permit is free | no: [an error](crate::CallError::AsksItself) |
 ///
@@ -150,10 +150,14 @@ impl Options {
     /// The most that any limit may be: a larger one is taken for this.
     pub const CONCURRENCY_MAX: usize = 1_000_000;
 
+    /// How many more blocking runs there are than cores. The thread of the next run is woken when the last has ended,
+    /// and the system may wake it on a core that is busy: of two cores a fifth idled with none, 4 % with 4.
+    const BLOCKING_BEYOND_CORES: usize = 4;
+
     /// Limits how many run at once on a node.
     ///
     /// The default is [`Options::CONCURRENCY_DEFAULT`], and for [blocking](Self::blocking) atoms the
-    /// number of cores.
+    /// number of cores and 4.
     ///
     /// # Panics
     /// When `limit` is 0.
@@ -203,7 +207,8 @@ impl Options {
         self
     }
 
-    /// Says that the atom computes or blocks: it runs on threads of their own, one per core by default.
+    /// Says that the atom computes or blocks: it runs on threads of their own, by default four more than there are
+    /// cores, so that none of these idles while one run ends and the next begins.
     ///
     /// An atom that blocks and does not say so holds up other atoms. A run that blocks cannot be stopped from
     /// outside: neither a time limit nor the end of the node ends it before its next `await`.
@@ -216,7 +221,7 @@ impl Options {
         match self.concurrency {
             _ if kind == Kind::Singleton => 1,
             Some(limit) => limit.get().min(Self::CONCURRENCY_MAX),
-            None if self.blocking => cores(),
+            None if self.blocking => cores() + Self::BLOCKING_BEYOND_CORES,
             None => Self::CONCURRENCY_DEFAULT,
         }
     }
