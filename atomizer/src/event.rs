@@ -111,7 +111,7 @@ pub enum EventKind {
         /// How often it was delivered before.
         redeliveries: u32,
     },
-    /// An electron arrived that this node works on already: one run answers both.
+    /// An electron arrived that this node works on already, or has just finished: one run answers both.
     Adopted {
         /// The electron.
         electron: ElectronId,
