@@ -44,7 +44,7 @@ use crate::{
     intake::{Intake, Taken},
     life::{Fact, State},
     node::Stage,
-    run::{Reported, RunId, Start},
+    run::{Reported, RunId, Start, What},
     settle::{Settled, Settler},
 };
 
@@ -117,6 +117,8 @@ const TICK: Duration = Duration::from_secs(1);
 const STUCK_AFTER: Duration = Duration::from_secs(5);
 /// How long the last settlements may take when a node aborts.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
+/// How long runs may take to end when a node aborts.
+const LET_GO_GRACE: Duration = Duration::from_millis(500);
 const EXPIRED: &str = "its deadline passed before it was begun";
 const GIVEN_UP: &str = "who asked gave it up";
 const NODE_STOPS: &str = "its node stops";
@@ -334,8 +336,13 @@ impl Worker {
         if electrons > 0 {
             tracing::warn!(atom = %self.atom.id, electrons, "aborts what did not stop, and gives it back");
         }
-        let mut batch = Vec::new();
-        for (_, begun) in std::mem::take(&mut self.begun) {
+        let (mut batch, mut runs) = (Vec::new(), 0);
+        for (_, mut begun) in std::mem::take(&mut self.begun) {
+            if let Begun::Running(running) = &mut begun {
+                running.run.abort();
+                // What computes hears of it when it awaits, and who computes has no children under way.
+                runs += usize::from(!self.atom.options.is_blocking());
+            }
             let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
             // What was handed over ends with its parent, which comes again and asks it again.
             if held.ticket.is_none() && !held.inline {
@@ -358,6 +365,19 @@ impl Worker {
         };
         // An error says that a conductor does not answer: the rest ends with the session.
         drop(timeout(ABORT_GRACE, rest).await);
+        // An error says that a run does not stop.
+        drop(timeout(LET_GO_GRACE, self.let_go_of_runs(runs)).await);
+    }
+
+    /// Waits until so many runs have ended. With its end a run gives up its children.
+    async fn let_go_of_runs(&mut self, mut runs: usize) {
+        while runs > 0 {
+            match self.finished.recv().await {
+                Some(Reported { what: What::Ended(_), .. }) => runs -= 1,
+                Some(Reported { what: What::Waits, .. }) => {}
+                None => return,
+            }
+        }
     }
 
     fn emit(&self, kind: impl FnOnce(AtomId) -> EventKind) {

@@ -1,6 +1,6 @@
 //! The children of one fan-out or group, in flight.
 
-use std::{collections::VecDeque, pin::Pin, sync::Arc, task::Poll};
+use std::{collections::VecDeque, pin::Pin, sync::Arc, task::Poll, time::Duration};
 
 use futures::{
     FutureExt, Stream, StreamExt,
@@ -22,6 +22,9 @@ use crate::{
 
 /// At most this many children are made safe together.
 const BATCH_MAX: usize = 256;
+
+/// How much earlier a deadline may seem over to another node: deadlines travel in milliseconds.
+const CLOCK_ERROR: Duration = Duration::from_millis(10);
 
 /// What one child is asked.
 pub(crate) struct Question {
@@ -215,10 +218,11 @@ where
     }
 
     fn answered(&mut self, index: usize, answer: Arc<Properties>) {
-        // Its node was the first to notice that the time is over: that is no failure of the child.
+        // Its node was the first to notice that the time is over: that is no failure of the child. But one that was
+        // adopted from an earlier life of this parent has the deadline of that.
         let expired =
             matches!(&answer.outcome, Err(failure) if failure.kind == FailureKind::Expired);
-        if expired && self.asking.until.is_some() {
+        if expired && self.asking.until.is_some_and(|until| until <= Instant::now() + CLOCK_ERROR) {
             self.is_late = true;
         } else if self.in_flight.remove(&index).is_some() {
             self.arrived.push_back((index, Ok(answer)));

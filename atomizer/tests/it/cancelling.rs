@@ -126,7 +126,7 @@ async fn a_parent_that_is_asked_anew_gets_the_children_that_it_had_given_up() {
     assert_eq!(call.await.unwrap().unwrap(), 45);
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_stops_gives_up_the_children_of_its_parents() {
     let mut scene = Scene::new().await;
     let parents = scene.parents.clone();
