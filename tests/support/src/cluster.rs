@@ -124,10 +124,18 @@ impl Cluster {
     ///
     /// # Errors
     ///
-    /// When one ends at once or is not ready within 90 seconds.
+    /// When one ends at once or is not ready in time.
     pub fn start_again(&self) -> Result<(), BrokerError> {
         self.brokers.iter().try_for_each(Broker::launch)?;
-        self.brokers.iter().try_for_each(Broker::wait_ready)?;
+        self.brokers.iter().try_for_each(|broker| match broker.wait_ready() {
+            // RabbitMQ 3.10 gives up where it meets another that has just begun to start. A service manager starts it
+            // once more.
+            Err(BrokerError::Died { log, .. }) if log.contains("incompatible_feature_flags") => {
+                broker.launch()?;
+                broker.wait_ready()
+            }
+            ready => ready,
+        })?;
         self.wait_whole()
     }
 
