@@ -3,8 +3,8 @@
 use std::{borrow::Cow, collections::BTreeMap};
 
 use atomizer::{
-    Extra, SendError,
-    wire::{self, Parts, Wire},
+    Extra, NodeId, SendError,
+    wire::{self, Parts, Wire, header},
 };
 use lapin::{
     BasicProperties,
@@ -33,20 +33,35 @@ const BROKER_HEADERS: [&str; 9] = [
 /// How often a quorum queue delivered a message before.
 const DELIVERY_COUNT: &str = "x-delivery-count";
 
-/// What the application id of a message begins with that was parked. It is no part of the wire form, so it
-/// goes when the message is read: in the queue of an atom it says that the electron was delivered before.
-pub(crate) const PARKED: &str = "atomizer-parked";
+/// What the application id of a message begins with that was parked: no node has such an id. It is no part of the wire
+/// form, so it goes when the message is read: in the queue of an atom it says that the electron was delivered before.
+pub(crate) const PARKED: &str = "atomizer/parked";
 
-/// Turns all but the body into properties.
+/// Turns all but the body into properties. A mark takes the place of the application id.
 ///
 /// # Errors
 /// [`SendError::TooLarge`] when something is longer than AMQP can say.
-pub(crate) fn properties(wire: Wire) -> Result<BasicProperties, SendError> {
+pub(crate) fn properties(
+    mut wire: Wire,
+    mark: Option<ShortString>,
+) -> Result<BasicProperties, SendError> {
+    let app_id = match mark {
+        None => match wire.headers.remove(node_of(wire.kind.as_deref())) {
+            Some(Value::String(node)) => Some(short(node)?),
+            _ => None,
+        },
+        mark => mark,
+    };
     let headers: Result<BTreeMap<ShortString, AMQPValue>, SendError> =
         wire.headers.into_iter().map(|(name, value)| Ok((short(name)?, to_amqp(value)?))).collect();
-    let mut properties = BasicProperties::default()
-        .with_delivery_mode(PERSISTENT)
-        .with_headers(FieldTable::from(headers?));
+    let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    let headers = headers?;
+    if !headers.is_empty() {
+        properties = properties.with_headers(FieldTable::from(headers));
+    }
+    if let Some(app_id) = app_id {
+        properties = properties.with_app_id(app_id);
+    }
     if let Some(kind) = wire.kind {
         properties = properties.with_type(short(kind)?);
     }
@@ -65,6 +80,12 @@ pub(crate) fn properties(wire: Wire) -> Result<BasicProperties, SendError> {
     Ok(properties)
 }
 
+/// Which header travels as the application id: which node a message is from. Brokers read the table of headers of each
+/// message, and what is in it costs several times what a property does.
+fn node_of(kind: Option<&str>) -> &'static str {
+    if kind == Some(wire::ANSWER) { header::NODE } else { header::SENDER }
+}
+
 /// Short strings have a length of one byte (AMQP 0-9-1, 4.2.5.3).
 fn short(text: String) -> Result<ShortString, SendError> {
     let bytes = text.len();
@@ -74,6 +95,19 @@ fn short(text: String) -> Result<ShortString, SendError> {
 
 /// The properties and headers of a message that arrived.
 pub(crate) struct Arrived<'a>(pub(crate) &'a BasicProperties);
+
+impl Arrived<'_> {
+    fn table(&self, name: &str) -> Option<&AMQPValue> {
+        self.0.headers().as_ref()?.inner().get(name)
+    }
+
+    /// The header that travels as the application id. Other programs have ids of other kinds.
+    fn node(&self) -> Option<(&'static str, &str)> {
+        let (name, app_id) = (node_of(self.kind()), self.0.app_id().as_ref()?.as_str());
+        let is_node = !app_id.starts_with(PARKED) && NodeId::try_new(app_id).is_ok();
+        (is_node && self.table(name).is_none()).then_some((name, app_id))
+    }
+}
 
 impl Parts for Arrived<'_> {
     fn kind(&self) -> Option<&str> {
@@ -97,7 +131,11 @@ impl Parts for Arrived<'_> {
     }
 
     fn header(&self, name: &str) -> Option<Result<Cow<'_, str>, String>> {
-        Some(match self.0.headers().as_ref()?.inner().get(name)? {
+        let Some(value) = self.table(name) else {
+            let (_, node) = self.node().filter(|(own, _)| *own == name)?;
+            return Some(Ok(node.into()));
+        };
+        Some(match value {
             AMQPValue::LongString(text) => Ok(String::from_utf8_lossy(text.as_bytes())),
             other => wire::text(&to_json(other)).map(|text| text.into_owned().into()),
         })
@@ -107,6 +145,11 @@ impl Parts for Arrived<'_> {
         let all = self.0.headers().iter().flatten().map(|(name, value)| (name.as_str(), value));
         all.filter(|(name, _)| !names.contains(name) && !is_the_brokers(name))
             .map(|(name, value)| (name.to_owned(), to_json(value)))
+            .chain(
+                self.node()
+                    .filter(|(name, _)| !names.contains(name))
+                    .map(|(name, node)| (name.to_owned(), Value::from(node))),
+            )
             .collect()
     }
 }
@@ -205,7 +248,7 @@ mod tests {
         let headers: BTreeMap<_, _> = headers.as_object().unwrap().clone().into_iter().collect();
         let mut before = Wire::default();
         before.headers.clone_from(&headers);
-        let after = properties(before).unwrap();
+        let after = properties(before, None).unwrap();
         assert_eq!(Arrived(&after).headers_but(&[]), headers);
         assert_eq!(redeliveries(&after, false), 0);
     }
@@ -214,18 +257,38 @@ mod tests {
     fn what_amqp_cannot_say_is_an_error() {
         let mut wire = Wire::default();
         wire.correlation_id = Some("x".repeat(256));
-        let error = properties(wire).unwrap_err();
+        let error = properties(wire, None).unwrap_err();
         assert_eq!(error, SendError::TooLarge { bytes: 256, bytes_max: 255 });
     }
 
     #[test]
     fn what_was_parked_was_delivered_before() {
-        let parked = BasicProperties::default().with_app_id("atomizer-parked.7".into());
+        let parked = BasicProperties::default().with_app_id("atomizer/parked.7".into());
         assert_eq!(redeliveries(&parked, false), 1);
         let read = Arrived(&parked).to_wire(Bytes::new());
-        assert_eq!(*properties(read).unwrap().app_id(), None, "the mark is not kept");
+        assert_eq!(*properties(read, None).unwrap().app_id(), None, "the mark is not kept");
         let other = BasicProperties::default().with_app_id("billing".into());
         assert_eq!(redeliveries(&other, false), 0);
+    }
+
+    #[test]
+    fn the_node_that_a_message_is_from_is_its_application_id() {
+        for (kind, name) in [(None, header::SENDER), (Some(wire::ANSWER), header::NODE)] {
+            let mut wire = Wire::default();
+            wire.kind = kind.map(ToOwned::to_owned);
+            wire.headers.insert(name.to_owned(), "agent-0badcafe".into());
+            let sent = properties(wire.clone(), None).unwrap();
+            assert_eq!(sent.app_id().as_ref().map(ShortString::as_str), Some("agent-0badcafe"));
+            assert_eq!(*sent.headers(), None, "that is all");
+            let arrived = Arrived(&sent);
+            assert_eq!(arrived.header(name).unwrap().unwrap(), "agent-0badcafe");
+            assert_eq!(arrived.headers_but(&[]), wire.headers);
+            assert_eq!(arrived.headers_but(&[name]), Extra::new());
+            let marked = properties(wire.clone(), Some(PARKED.into())).unwrap();
+            assert_eq!(Arrived(&marked).headers_but(&[]), wire.headers, "beside a mark");
+        }
+        let other = BasicProperties::default().with_app_id("no node".into());
+        assert_eq!(Arrived(&other).header(header::SENDER), None);
     }
 
     #[test]

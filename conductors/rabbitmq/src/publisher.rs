@@ -17,6 +17,7 @@ use lapin::{
     BasicProperties, Channel, Confirmation, ErrorKind, options::BasicPublishOptions,
     protocol::AMQPSoftError, types::ShortString,
 };
+use serde_json::Value;
 use slab::Slab;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -191,16 +192,22 @@ impl Publisher {
             check(body.len(), self.limits.payload_bytes_max)?;
         }
         check(wire.metadata_bytes(), METADATA_BYTES_MAX)?;
-        let mut properties = convert::properties(wire)?;
-        match via {
-            Via::Address => {}
+        let (to, delayed) = (envelope.to.clone(), !envelope.delay.is_zero());
+        let mark = match via {
+            Via::Address => None,
             Via::Lease { exchange, mark } => {
                 route.exchange = exchange.clone();
-                properties = properties.with_app_id(mark.clone());
+                Some(mark.clone())
             }
-            Via::Back => properties = properties.with_app_id(convert::PARKED.into()),
+            Via::Back => Some(convert::PARKED.into()),
+        };
+        if let (Via::Address, Address::Atom(atom), false) = (via, &to, delayed)
+            && wire.headers.get(header::ATOM).and_then(Value::as_str) == Some(atom.as_str())
+        {
+            // The queue says so.
+            wire.headers.remove(header::ATOM);
         }
-        let (to, delayed) = (envelope.to.clone(), !envelope.delay.is_zero());
+        let properties = convert::properties(wire, mark)?;
         let destination = match via {
             // One queue, whatever the key is.
             Via::Lease { .. } => Destination::exchange(route.exchange.as_str()),

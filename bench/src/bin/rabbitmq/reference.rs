@@ -61,19 +61,13 @@ impl Headers {
         let mut set = |name: &str, value: &str| {
             headers.insert(name.into(), AMQPValue::LongString(value.into()));
         };
-        set("atomizer-atom", "noop");
-        set("atomizer-version", "1");
-        if kind == "electron" {
-            set("atomizer-sender", "node-0badcafe");
-        } else {
-            set("atomizer-node", "node-0badcafe");
-            set("atomizer-electron", ID);
-            set("atomizer-status", "ok");
-            set("atomizer-attempt", "1");
+        if kind == "answer" {
+            set("atomizer-atom", "noop");
             set("atomizer-started-at", "2026-11-21T12:00:00.000000Z");
             set("atomizer-duration-us", "250");
         }
         let properties = properties.with_type(kind.into()).with_message_id(ID.into());
+        let properties = properties.with_app_id("node-0badcafe".into());
         properties.with_content_type("application/json".into()).with_headers(headers)
     }
 }

@@ -103,7 +103,7 @@ impl Back {
         if bytes > bytes_max {
             return Err(never(&SendError::TooLarge { bytes, bytes_max }));
         }
-        let properties = convert::properties(wire).map_err(|error| never(&error))?;
+        let properties = convert::properties(wire, None).map_err(|error| never(&error))?;
         Ok(Outgoing { exchange: route.exchange, key: route.key, properties, body })
     }
 

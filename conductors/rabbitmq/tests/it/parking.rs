@@ -242,7 +242,7 @@ async fn a_dropped_parking_is_given_back_by_the_session_itself() {
             }
         };
         let ids = soon(back).await;
-        let by_us = |id: &String| ["", "atomizer-parked"].contains(&id.as_str());
+        let by_us = |id: &String| ["", "atomizer/parked"].contains(&id.as_str());
         assert!(ids.len() == 1 && by_us(&ids[0]), "not with the mark of its copy: {ids:?}");
         copies += usize::from(!ids[0].is_empty());
     }
