@@ -55,12 +55,17 @@ pub(crate) enum Waiter {
 }
 
 impl Pending {
-    /// Waits for the answer to a question. On a node that has stopped the waiter is dropped at once.
+    /// Waits for the answer to a question. On a node that has stopped, and for a run that has been, the waiter is dropped
+    /// at once.
     pub(crate) fn insert(&self, question: &Arc<Electron>, waiter: Waiter) -> Token {
         let mut waiting = self.lock();
         let token = Token(waiting.next_token);
         waiting.next_token += 1;
-        if !waiting.closed {
+        let round = |question: &Electron| question.parent.map_or(0, |parent| parent.round);
+        let before = waiting.by_id.get(&question.id);
+        // A run that was stopped may ask once more when the next has asked the same child.
+        let is_late = before.is_some_and(|before| round(&before.question) > round(question));
+        if !waiting.closed && !is_late {
             let question = Arc::clone(question);
             drop(waiting.by_id.insert(question.id, Waits { token, question, waiter }));
         }

@@ -150,14 +150,17 @@ impl Options {
     /// The most that any limit may be: a larger one is taken for this.
     pub const CONCURRENCY_MAX: usize = 1_000_000;
 
-    /// How many more blocking runs there are than cores. The thread of the next run is woken when the last has ended,
-    /// and the system may wake it on a core that is busy: of two cores a fifth idled with none, 4 % with 4.
-    const BLOCKING_BEYOND_CORES: usize = 4;
+    /// How many blocking runs there may be on so many cores: more than these. The thread of the next run is woken when
+    /// the last has ended, and the system may wake it on a core that is busy: of two cores a fifth idled with 2, 4 % with 6.
+    fn blocking_default(cores: usize) -> usize {
+        const BEYOND_CORES_MAX: usize = 4;
+        cores + BEYOND_CORES_MAX.min(2 * cores)
+    }
 
     /// Limits how many run at once on a node.
     ///
-    /// The default is [`Options::CONCURRENCY_DEFAULT`], and for [blocking](Self::blocking) atoms the
-    /// number of cores and 4.
+    /// The default is [`Options::CONCURRENCY_DEFAULT`], and for [blocking](Self::blocking) atoms four
+    /// more than there are cores.
     ///
     /// # Panics
     /// When `limit` is 0.
@@ -208,7 +211,9 @@ impl Options {
     }
 
     /// Says that the atom computes or blocks: it runs on threads of their own, by default four more than there are
-    /// cores, so that none of these idles while one run ends and the next begins.
+    /// cores (on a single core two more), so that none of these idles while one run ends and the next begins. They share
+    /// the cores, and a time limit goes by the clock on the wall: what computes for long may want
+    /// [a lower limit](Self::concurrency).
     ///
     /// An atom that blocks and does not say so holds up other atoms. A run that blocks cannot be stopped from
     /// outside: neither a time limit nor the end of the node ends it before its next `await`.
@@ -221,7 +226,7 @@ impl Options {
         match self.concurrency {
             _ if kind == Kind::Singleton => 1,
             Some(limit) => limit.get().min(Self::CONCURRENCY_MAX),
-            None if self.blocking => cores() + Self::BLOCKING_BEYOND_CORES,
+            None if self.blocking => Self::blocking_default(cores()),
             None => Self::CONCURRENCY_DEFAULT,
         }
     }

@@ -30,6 +30,9 @@ pub struct Context {
     /// Which index the next child gets. An atom that asks in the same order each time asks the same children
     /// again in a second life.
     next_child: AtomicU64,
+    /// In which round of its node it asks: the one in which it began, for a run that has been stopped may ask on after
+    /// the next has begun.
+    round: u64,
     /// What is sent when this run succeeds.
     pub(crate) spawned: Spawned,
 }
@@ -49,7 +52,8 @@ impl Context {
     pub(crate) fn new(asker: Asker, electron: Arc<Electron>, slot: Arc<Slot>) -> Self {
         let (kind, stop_at) = (Kind::Atomic, Stage::Cancelling);
         let (next_child, spawned) = (AtomicU64::new(0), Spawned::default());
-        Self { asker, slot, electron, kind, deadline: None, stop_at, next_child, spawned }
+        let round = asker.node.cancelled.round();
+        Self { asker, slot, electron, kind, deadline: None, stop_at, next_child, round, spawned }
     }
 
     /// The context of a resident: it runs without a permit, and is to stop when the node drains.
@@ -250,10 +254,10 @@ impl Context {
             return Err(CallError::AsksItself(atom));
         }
         let mut child = self.next_child(atom, payload);
-        // Unasked it has the id of the child, and that has been asked before only if a round has ended.
-        child.correlation_id = (child.parent.map(|parent| parent.round))
-            .filter(|round| *round > 0)
-            .map(|round| round.to_string());
+        // Another run of this electron on this node asked the same child, but in another round.
+        child.correlation_id = (self.round > 0).then(|| self.round.to_string());
+        let tries = self.electron.attempts.saturating_add(self.electron.passes);
+        child.parent = child.parent.map(|parent| parent.tries(tries));
         Ok(child)
     }
 
@@ -262,7 +266,7 @@ impl Context {
         let index = self.next_child.fetch_add(1, Ordering::Relaxed);
         let parent = self.electron.id;
         let mut child = Electron::with_id(parent.child(index), atom, payload);
-        child.parent = Some(Parent { id: parent, index, round: self.asker.node.cancelled.round() });
+        child.parent = Some(Parent::new(parent, index).round(self.round));
         child.deadline =
             self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         for name in TRACE_HEADERS {
@@ -273,12 +277,19 @@ impl Context {
         child
     }
 
-    /// Says that some children, asked in this round or before, are not wanted any more, wherever they are.
-    pub(crate) fn give_up(&self, children: &[ElectronId], round: u64) {
+    /// Ends the round, if any child was asked: what a later run asks is told from that by its round.
+    pub(crate) fn end_round(&self) {
+        if self.next_child.load(Ordering::Relaxed) > 0 {
+            self.asker.node.cancelled.end_round(self.round);
+        }
+    }
+
+    /// Says that some children are not wanted any more, wherever they are.
+    pub(crate) fn give_up(&self, children: &[ElectronId]) {
+        self.end_round();
         let Asker { node, link } = &self.asker;
-        node.cancelled.end_round(round);
         for children in children.chunks(Cancel::ELECTRONS_MAX) {
-            let cancel = Cancel::new(node.id.clone(), round, children.to_vec());
+            let cancel = Cancel::new(node.id.clone(), self.round, children.to_vec());
             link.telling.give_up(&node.cancelled, cancel);
         }
     }

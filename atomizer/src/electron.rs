@@ -128,19 +128,29 @@ pub struct Parent {
     /// How often its node had given up children before this one was asked: what is given up, and its answer, is told
     /// from what the same parent, or a later life of it on the same node, asks under the same id afterwards.
     pub round: u64,
+    /// How often the parent had failed or been handed on before it asked. A later life of it, after its node was lost,
+    /// asks in the same try; another try may want to know anew.
+    pub tries: u32,
 }
 
 impl Parent {
     /// Says whose child it is, and which.
     #[must_use]
     pub fn new(id: ElectronId, index: u64) -> Self {
-        Self { id, index, round: 0 }
+        Self { id, index, round: 0, tries: 0 }
     }
 
     /// Says how often its node had given up children before.
     #[must_use]
     pub fn round(mut self, round: u64) -> Self {
         self.round = round;
+        self
+    }
+
+    /// Says how often the parent had failed or been handed on before.
+    #[must_use]
+    pub fn tries(mut self, tries: u32) -> Self {
+        self.tries = tries;
         self
     }
 }

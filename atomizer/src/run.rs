@@ -187,6 +187,7 @@ async fn run<A: RawAtom>(instances: &Instances<A>, context: Context, slot: &Slot
     match result.await {
         Ok(result) => result,
         Err(panic) => {
+            node.cancelled.end_round(node.cancelled.round());
             let renewed = AssertUnwindSafe(|| instances.renew(&atom));
             match std::panic::catch_unwind(renewed) {
                 Ok(true) => node.events.emit(None, || EventKind::Renewed { atom: id }),
@@ -199,7 +200,10 @@ async fn run<A: RawAtom>(instances: &Instances<A>, context: Context, slot: &Slot
 }
 
 async fn run_one(atom: &impl RawAtom, context: Context) -> RunResult {
-    let output = atom.run(&context, &context.electron().payload).await.map_err(Failed::from)?;
+    let output = atom.run(&context, &context.electron().payload).await.map_err(|error| {
+        context.end_round();
+        Failed::from(error)
+    })?;
     let spawned = std::mem::take(&mut *context.spawned.lock());
     Ok(Success { output, spawned })
 }

@@ -53,6 +53,8 @@ pub mod header {
     /// How often the sender had given up children before it asked (electron), or up to which of these rounds the children
     /// are meant (cancel); absent means 0.
     pub const ROUND: &str = "atomizer-round";
+    /// How often the parent had failed or been handed on before it asked; absent means 0.
+    pub const TRIES: &str = "atomizer-tries";
     /// Attempts failed so far (electron), or which attempt answers, counted from 1 (answer).
     pub const ATTEMPT: &str = "atomizer-attempt";
     /// Starts under suspicion so far.
@@ -295,6 +297,9 @@ fn encode_electron(electron: Electron) -> Wire {
         if parent.round > 0 {
             wire.set(header::ROUND, parent.round);
         }
+        if parent.tries > 0 {
+            wire.set(header::TRIES, parent.tries);
+        }
     }
     if electron.attempts > 0 {
         wire.set(header::ATTEMPT, electron.attempts);
@@ -369,7 +374,9 @@ fn encode_answer(properties: Properties) -> Wire {
     }
     wire.set(header::ATOM, properties.atom);
     wire.set(header::NODE, properties.node);
-    wire.set(header::STATUS, status);
+    if status != STATUS_OK {
+        wire.set(header::STATUS, status);
+    }
     if properties.attempt != 1 {
         wire.set(header::ATTEMPT, properties.attempt);
     }
@@ -427,13 +434,14 @@ fn check_version(parts: &impl Parts) -> Result<(), String> {
 }
 
 /// What is read of an electron's headers; the others are not ours.
-const OF_ELECTRON: [&str; 13] = [
+const OF_ELECTRON: [&str; 14] = [
     header::VERSION,
     header::ATOM,
     header::SENDER,
     header::PARENT,
     header::INDEX,
     header::ROUND,
+    header::TRIES,
     header::ATTEMPT,
     header::LIVES,
     header::PASSES,
@@ -460,13 +468,14 @@ fn decode_electron(
     };
     let index = read(parts, header::INDEX)?.unwrap_or(0);
     let round = read(parts, header::ROUND)?.unwrap_or(0);
+    let tries = read(parts, header::TRIES)?.unwrap_or(0);
     Ok(Electron {
         id,
         atom,
         reply_to: parts.reply_to().map(ReplyTo::new),
         correlation_id: parts.correlation_id().map(ToOwned::to_owned),
         sender: read_text(parts, header::SENDER)?.map(node_id).transpose()?,
-        parent: read(parts, header::PARENT)?.map(|id| Parent { id, index, round }),
+        parent: read(parts, header::PARENT)?.map(|id| Parent { id, index, round, tries }),
         policy: read_json(parts, header::POLICY)?,
         attempts: read(parts, header::ATTEMPT)?.unwrap_or(0),
         lives: read(parts, header::LIVES)?.unwrap_or(0),
@@ -490,14 +499,14 @@ fn decode_cancel(parts: &impl Parts, body: &Bytes) -> Result<Cancel, String> {
 fn decode_answer(parts: &impl Parts, body: &Bytes) -> Result<Properties, String> {
     check_version(parts)?;
     let required = |name: &str| require(name, read_text(parts, name)?);
-    let outcome = match &*required(header::STATUS)? {
-        STATUS_OK => Ok(payload(parts.content_type(), body.clone())),
-        STATUS_FAILED => {
+    let outcome = match read_text(parts, header::STATUS)?.as_deref() {
+        None | Some(STATUS_OK) => Ok(payload(parts.content_type(), body.clone())),
+        Some(STATUS_FAILED) => {
             let failure: Failure =
                 serde_json::from_slice(body).map_err(|error| error.to_string())?;
             Err(failure)
         }
-        other => return Err(format!("unknown status {other:?}")),
+        Some(other) => return Err(format!("unknown status {other:?}")),
     };
     let started_at = humantime::parse_rfc3339(&required(header::STARTED_AT)?)
         .map_err(|error| format!("{}: {error}", header::STARTED_AT))?;

@@ -25,7 +25,7 @@ use std::{
 };
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, Sleep, sleep_until, timeout},
@@ -75,8 +75,8 @@ pub(crate) struct Worker {
     avoiding: Vec<Held>,
     /// How often in a row that could not be told.
     census_errors: u32,
-    /// On their way to be this node's for good.
-    taking: FxHashSet<ElectronId>,
+    /// On their way to be this node's for good, by who asked last.
+    taking: FxHashMap<ElectronId, Arc<Electron>>,
     /// The way of the first suspect to its turn.
     turn: Option<BoxFuture<'static, Step>>,
     /// Begun here: it runs, or waits for its next attempt. Each once, however often it is delivered.
@@ -117,7 +117,7 @@ const TICK: Duration = Duration::from_secs(1);
 const STUCK_AFTER: Duration = Duration::from_secs(5);
 /// How long the last settlements may take when a node aborts.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
-/// How long runs may take to end when a node aborts.
+/// How long parents may take to let go of their children when a node aborts.
 const LET_GO_GRACE: Duration = Duration::from_millis(500);
 const EXPIRED: &str = "its deadline passed before it was begun";
 const GIVEN_UP: &str = "who asked gave it up";
@@ -175,7 +175,7 @@ impl Worker {
             suspects: VecDeque::new(),
             avoiding: Vec::new(),
             census_errors: 0,
-            taking: FxHashSet::default(),
+            taking: FxHashMap::default(),
             turn: None,
             begun: FxHashMap::default(),
             ended: Ended::default(),
@@ -288,6 +288,9 @@ impl Worker {
 
     /// What came through a session that is gone comes again. What runs goes on.
     fn on_lost(&mut self) {
+        // What ended and was not settled comes again, too, and may ask its children anew.
+        let cancelled = &self.asker.node.cancelled;
+        cancelled.end_round(cancelled.round());
         // But for what was taken for good: that never comes again.
         let stays =
             |held: &Held| held.ticket.is_none() || held.state.next(Fact::Lost) != Some(State::Gone);
@@ -336,12 +339,13 @@ impl Worker {
         if electrons > 0 {
             tracing::warn!(atom = %self.atom.id, electrons, "aborts what did not stop, and gives it back");
         }
-        let (mut batch, mut runs) = (Vec::new(), 0);
+        let (mut batch, mut parents) = (Vec::new(), Vec::new());
         for (_, mut begun) in std::mem::take(&mut self.begun) {
             if let Begun::Running(running) = &mut begun {
+                if running.run.slot.is_waiting() {
+                    parents.push(running.run.id);
+                }
                 running.run.abort();
-                // What computes hears of it when it awaits, and who computes has no children under way.
-                runs += usize::from(!self.atom.options.is_blocking());
             }
             let (Begun::Running(Running { held, .. }) | Begun::Pausing { held, .. }) = begun;
             // What was handed over ends with its parent, which comes again and asks it again.
@@ -365,17 +369,16 @@ impl Worker {
         };
         // An error says that a conductor does not answer: the rest ends with the session.
         drop(timeout(ABORT_GRACE, rest).await);
-        // An error says that a run does not stop.
-        drop(timeout(LET_GO_GRACE, self.let_go_of_runs(runs)).await);
+        // An error says that one does not stop.
+        drop(timeout(LET_GO_GRACE, self.end_of(parents)).await);
     }
 
-    /// Waits until so many runs have ended. With its end a run gives up its children.
-    async fn let_go_of_runs(&mut self, mut runs: usize) {
-        while runs > 0 {
-            match self.finished.recv().await {
-                Some(Reported { what: What::Ended(_), .. }) => runs -= 1,
-                Some(Reported { what: What::Waits, .. }) => {}
-                None => return,
+    /// Waits until these runs have ended. With its end a run gives up its children.
+    async fn end_of(&mut self, mut runs: Vec<RunId>) {
+        while !runs.is_empty() {
+            let Some(Reported { run, what, .. }) = self.finished.recv().await else { return };
+            if matches!(what, What::Ended(_)) {
+                runs.retain(|waited_for| *waited_for != run);
             }
         }
     }

@@ -57,8 +57,6 @@ pub(crate) struct Children<'cx, S> {
     questions: Option<Pin<Box<Fuse<S>>>>,
     asking: Asking,
     next_index: usize,
-    /// In which round the last one was asked.
-    round: u64,
     /// Asked and not answered.
     in_flight: FxHashMap<usize, (ElectronId, Token)>,
     sending: Option<BoxFuture<'cx, Sent>>,
@@ -87,7 +85,6 @@ where
             questions: Some(Box::pin(questions.fuse())),
             asking,
             next_index: 0,
-            round: 0,
             in_flight: FxHashMap::default(),
             sending: None,
             unsent: Vec::new(),
@@ -218,8 +215,7 @@ where
     }
 
     fn answered(&mut self, index: usize, answer: Arc<Properties>) {
-        // Its node was the first to notice that the time is over: that is no failure of the child. But one that was
-        // adopted from an earlier life of this parent has the deadline of that.
+        // Its node was the first to notice that the time is over: that is no failure of the child.
         let expired =
             matches!(&answer.outcome, Err(failure) if failure.kind == FailureKind::Expired);
         if expired && self.asking.until.is_some_and(|until| until <= Instant::now() + CLOCK_ERROR) {
@@ -264,7 +260,6 @@ where
                 child.deadline = Some(child.deadline.map_or(left, |deadline| deadline.min(left)));
             }
             let child = Arc::new(child);
-            self.round = self.round.max(child.parent.map_or(0, |parent| parent.round));
             let token = pending.insert(&child, Waiter::Child(index, self.answer_to.clone()));
             self.in_flight.insert(index, (child.id, token));
             if is_crowded && self.cx.asker.can_run_inline(&child.atom) {
@@ -337,6 +332,6 @@ impl<S> Drop for Children<'_, S> {
             self.cx.asker.forget(*id, *token);
         }
         let children: Vec<_> = self.in_flight.values().map(|(id, _)| *id).collect();
-        self.cx.give_up(&children, self.round);
+        self.cx.give_up(&children);
     }
 }

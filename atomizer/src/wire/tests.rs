@@ -96,7 +96,6 @@ fn golden_answer() {
         "headers": {
             "atomizer-atom": "montecarlo.toss",
             "atomizer-node": "agent-0badcafe",
-            "atomizer-status": "ok",
             "atomizer-attempt": "2",
             "atomizer-started-at": "2023-11-14T22:13:20.123456Z",
             "atomizer-duration-us": "2500",

@@ -1,21 +1,22 @@
 //! What becomes of an electron that arrives: begun at once, as a suspect, elsewhere, or not at all.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
 use super::{
     EXPIRED, GIVEN_UP, Step, TICK, Worker,
-    held::{Began, Begun, Held},
+    held::{Began, Held},
 };
 use crate::{
     Delivery, Electron, EventKind, Failure, FailureKind, Message, SettleError,
     admission::{Permit, Priority},
     ask::Asker,
     claim::Claim,
+    clock,
     life::{Arrival, Fact, Leave, State},
     run::Success,
-    settle::Settlement,
+    settle::{Settlement, Spent},
 };
 
 impl Worker {
@@ -34,33 +35,28 @@ impl Worker {
             let (id, attempt) = (electron.id, electron.attempts.saturating_add(1));
             self.emit(|atom| EventKind::Received { electron: id, atom, attempt, redeliveries });
             let claim = Claim::Delivered { ticket, until };
-            if self.is_duplicate_of_once(id) {
-                if let Some(begun) = self.begun.get_mut(&id) {
-                    begun.held_mut().answer_to(&electron);
-                }
-                self.drop_duplicate(claim);
-                continue;
-            }
+            // Counted from here, and not beyond what the clock can tell.
+            let left = electron.deadline.map(|deadline| deadline.saturating_sub(waited));
+            let deadline = left.and_then(|left| now.checked_add(left));
             if electron.atom == self.atom.id {
-                let begun = self.begun.get_mut(&id).map(Begun::held_mut);
-                if let Some(held) = begun.filter(|held| held.is_asked_by(&electron)) {
-                    self.out -= held.out();
-                    held.adopt(electron, claim);
-                    self.out += held.out();
+                if self.is_begun_once(&electron) {
+                    self.drop_duplicate(claim);
+                    continue;
+                }
+                let begun = self.begun.get(&id);
+                if begun.is_some_and(|begun| begun.held().is_asked_by(&electron)) {
+                    self.adopt(electron, claim, deadline);
                     self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
                     continue;
                 }
                 if let Some(output) = self.ended.output(&electron) {
                     self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
-                    let (spent, spawned) = (Began::now().spent(now), Vec::new());
-                    let success = Success { output, spawned };
+                    let spent = Spent { at: clock::now(), took: Duration::ZERO };
+                    let success = Success { output, spawned: Vec::new() };
                     unfit.push(self.settler.done(Some(claim), electron, spent, &success));
                     continue;
                 }
             }
-            // Counted from here, and not beyond what the clock can tell.
-            let left = electron.deadline.map(|deadline| deadline.saturating_sub(waited));
-            let deadline = left.and_then(|left| now.checked_add(left));
             let (ticket, adopted) = (Some(claim), Vec::new());
             let state = State::Gone;
             let inline = false;

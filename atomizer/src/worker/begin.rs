@@ -9,7 +9,7 @@ use super::{
     held::{Began, Begun, Held, Running},
 };
 use crate::{
-    Context, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
+    Context, Electron, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
     admission::{Permit, Priority, Slot},
     claim::Claim,
     life::{Fact, Leave, State},
@@ -45,29 +45,51 @@ impl Worker {
 
     pub(super) fn start(&mut self, held: Held, permit: Permit, began: Began) {
         let id = held.electron.id;
-        if self.is_duplicate_of_once(id) {
+        if self.is_begun_once(&held.electron) {
             if let Some(claim) = held.ticket {
                 self.drop_duplicate(claim);
             }
             return;
         }
-        if let Some(begun) = self.begun.get_mut(&id) {
-            let first = begun.held_mut();
-            if !first.is_asked_by(&held.electron) {
-                return self.start_later(held);
+        if let Some(begun) = self.begun.get(&id) {
+            if !begun.held().is_asked_by(&held.electron) {
+                self.start_later(held);
+            } else if let Some(claim) = held.ticket {
+                self.adopt(held.electron, claim, held.deadline);
             }
-            self.out -= first.out();
-            if let Some(claim) = held.ticket {
-                first.adopt(held.electron, claim);
-            }
-            self.out += first.out();
             return;
+        }
+        if self.taking.contains_key(&id) {
+            return self.start_later(held);
         }
         let Some(held) = self.unexpired(held, began) else { return };
         if self.atom.options.is_at_most_once() && held.ticket.is_some() {
             return self.take_for_good(held, permit);
         }
         self.begin(held, permit, began);
+    }
+
+    /// Takes in another delivery of what is begun.
+    pub(super) fn adopt(
+        &mut self,
+        electron: Arc<Electron>,
+        claim: Claim,
+        deadline: Option<Instant>,
+    ) {
+        let id = electron.id;
+        let Some(begun) = self.begun.get_mut(&id) else { return };
+        let held = begun.held_mut();
+        self.out -= held.out();
+        held.adopt(electron, claim, deadline);
+        self.out += held.out();
+        let Some(Begun::Running(running)) = self.begun.get(&id) else { return };
+        let limit = self.limit(&running.held, running.began.instant);
+        if let Some((at, _)) = limit {
+            self.look_after(id, at);
+        }
+        if let Some(Begun::Running(running)) = self.begun.get_mut(&id) {
+            running.limit = limit;
+        }
     }
 
     /// Puts back what has the id of something else that is begun: a later life of its parent asks in another order.
@@ -96,7 +118,7 @@ impl Worker {
     /// Removes an electron from its queue before it is begun, so that it can never be begun again.
     pub(super) fn take_for_good(&mut self, mut held: Held, permit: Permit) {
         let link = Arc::clone(&self.asker.link);
-        self.taking.insert(held.electron.id);
+        self.taking.insert(held.electron.id, Arc::clone(&held.electron));
         let claim = held.ticket.take().expect("it was looked at");
         self.asked.push(Box::pin(async move {
             let taken = match (link.session(), claim.ticket().await) {
@@ -112,11 +134,13 @@ impl Worker {
 
     pub(super) fn on_taken_for_good(
         &mut self,
-        held: Held,
+        mut held: Held,
         permit: Permit,
         taken: Result<(), SettleError>,
     ) {
-        self.taking.remove(&held.electron.id);
+        if let Some(asked_last) = self.taking.remove(&held.electron.id) {
+            held.answer_to(&asked_last);
+        }
         match taken {
             Ok(()) if self.draining => {
                 self.hand_on(held, Began::now(), Duration::ZERO, NODE_STOPS.to_owned());
@@ -133,10 +157,25 @@ impl Worker {
         self.start_ready();
     }
 
-    /// Whether it is here already, and is to be begun once at the most.
-    pub(super) fn is_duplicate_of_once(&self, electron: ElectronId) -> bool {
-        self.atom.options.is_at_most_once()
-            && (self.begun.contains_key(&electron) || self.taking.contains(&electron))
+    /// Whether the same is here already, and is to be begun once at the most. Then it answers this copy.
+    pub(super) fn is_begun_once(&mut self, copy: &Electron) -> bool {
+        if !self.atom.options.is_at_most_once() {
+            return false;
+        }
+        if let Some(begun) = self.begun.get_mut(&copy.id) {
+            let held = begun.held_mut();
+            let is_same = held.is_asked_by(copy);
+            if is_same {
+                held.answer_to(copy);
+            }
+            return is_same;
+        }
+        let Some(taken) = self.taking.get_mut(&copy.id) else { return false };
+        let is_same = taken.payload == copy.payload;
+        if is_same {
+            *taken = Arc::new(copy.clone());
+        }
+        is_same
     }
 
     /// Removes a second message of the same electron: the answer to the first is the answer.

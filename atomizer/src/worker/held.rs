@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use crate::{
-    Electron, ElectronId, Failure, FailureKind,
+    Electron, ElectronId, Failure, FailureKind, Parent,
     cancel::Cancelled,
     claim::Claim,
     clock,
@@ -41,10 +41,18 @@ impl Held {
     /// Whether this copy asks the same. A later life of a parent asks its children under the same ids, but not in the
     /// same order if that comes from elsewhere, such as a directory.
     pub(super) fn is_asked_by(&self, copy: &Electron) -> bool {
-        self.electron.payload.body == copy.payload.body
+        self.electron.payload == copy.payload
     }
 
-    pub(super) fn adopt(&mut self, electron: Arc<Electron>, claim: Claim) {
+    /// Takes in another delivery of the same, which is wanted until `deadline`.
+    pub(super) fn adopt(
+        &mut self,
+        electron: Arc<Electron>,
+        claim: Claim,
+        deadline: Option<Instant>,
+    ) {
+        // An earlier life of its parent may have had less time.
+        self.deadline = self.deadline.and_then(|own| Some(own.max(deadline?)));
         // What an earlier session delivered went back when it ended.
         let epoch = claim.epoch();
         let is_gone = |held: &Claim| held.epoch() != epoch || held.is_lost();
@@ -62,6 +70,11 @@ impl Held {
     pub(super) fn answer_to(&mut self, copy: &Electron) {
         let Electron { reply_to, correlation_id, sender, parent, .. } = copy;
         let held = &self.electron;
+        let round = |parent: &Option<Parent>| parent.map_or(0, |parent| parent.round);
+        if held.sender == *sender && round(parent) < round(&held.parent) {
+            // It was asked before this one, and is not waited for any more.
+            return;
+        }
         let same = (&held.reply_to, &held.correlation_id, &held.sender, &held.parent)
             == (reply_to, correlation_id, sender, parent);
         if !same {
@@ -117,6 +130,11 @@ pub(super) enum Begun {
 }
 
 impl Begun {
+    pub(super) fn held(&self) -> &Held {
+        let (Self::Running(Running { held, .. }) | Self::Pausing { held, .. }) = self;
+        held
+    }
+
     pub(super) fn held_mut(&mut self) -> &mut Held {
         let (Self::Running(Running { held, .. }) | Self::Pausing { held, .. }) = self;
         held

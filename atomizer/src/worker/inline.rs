@@ -22,8 +22,9 @@ impl Worker {
     }
 
     fn on_child(&mut self, Child { electron, slot, over }: Child) {
-        // It runs already, for an earlier life of its parent: its copy in the queue is adopted by that run.
-        if self.begun.contains_key(&electron.id) || self.taking.contains(&electron.id) {
+        // It runs already, for an earlier life of its parent: it goes through the queue, and is adopted there if it asks
+        // the same.
+        if self.begun.contains_key(&electron.id) || self.taking.contains_key(&electron.id) {
             return;
         }
         let began = Began::now();
