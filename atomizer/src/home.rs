@@ -6,12 +6,15 @@
 //!
 //! On a single-threaded runtime all of it happens there, on one thread: what tests with a paused clock need.
 
-use std::{io, thread};
+use std::{io, thread, time::Duration};
 
 use tokio::{
     runtime::{self, Handle, RuntimeFlavor},
     task::AbortHandle,
 };
+
+/// How long threads of blocking atoms may take to exit when their node has ended. Nobody waits for it.
+const EXIT_MAX: Duration = Duration::from_secs(1);
 
 /// Where the runs of a node take place.
 #[derive(Clone, Debug)]
@@ -71,8 +74,9 @@ where
     thread::Builder::new().name("atomizer".to_owned()).spawn(move || {
         let threads = Threads { atoms, pool: home.handle().clone() };
         home.block_on(node(threads));
-        // Blocking atoms that do not stop are not waited for.
-        home.shutdown_background();
+        // Blocking atoms that do not stop are not waited for. But threads that do are joined: to detach one while it exits
+        // is a race in glibc (its bug 19951), and ended a process with SIGSEGV.
+        home.shutdown_timeout(EXIT_MAX);
     })?;
     Ok(())
 }

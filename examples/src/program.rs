@@ -4,6 +4,7 @@ use std::{
     fmt::Display,
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -31,6 +32,9 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// How long threads may take to exit at the end.
+const EXIT_MAX: Duration = Duration::from_millis(200);
+
 /// Parses the command line, sets up the log and runs `program`.
 ///
 /// The exit code is 0 when it is done, 1 when it failed, 2 when it was wrongly typed and 130 when it was
@@ -48,7 +52,7 @@ pub fn run<A: Parser>(
     let ended = Runtime::new().map_err(Into::into).and_then(|runtime| {
         let ended = runtime.block_on(program(arguments));
         // A thread that reads stdin, or is in the middle of a batch, cannot be told to stop.
-        runtime.shutdown_background();
+        runtime.shutdown_timeout(EXIT_MAX);
         ended
     });
     match ended {
