@@ -46,10 +46,7 @@ pub(crate) fn properties(
     mark: Option<ShortString>,
 ) -> Result<BasicProperties, SendError> {
     let app_id = match mark {
-        None => match wire.headers.remove(node_of(wire.kind.as_deref())) {
-            Some(Value::String(node)) => Some(short(node)?),
-            _ => None,
-        },
+        None => node(&mut wire).map(short).transpose()?,
         mark => mark,
     };
     let headers: Result<BTreeMap<ShortString, AMQPValue>, SendError> =
@@ -84,6 +81,15 @@ pub(crate) fn properties(
 /// message, and what is in it costs several times what a property does.
 fn node_of(kind: Option<&str>) -> &'static str {
     if kind == Some(wire::ANSWER) { header::NODE } else { header::SENDER }
+}
+
+/// Takes out the header that travels as the application id, if that can be read again.
+fn node(wire: &mut Wire) -> Option<String> {
+    let name = node_of(wire.kind.as_deref());
+    let node =
+        wire.headers.get(name)?.as_str().filter(|node| NodeId::try_new(*node).is_ok())?.to_owned();
+    wire.headers.remove(name);
+    Some(node)
 }
 
 /// Short strings have a length of one byte (AMQP 0-9-1, 4.2.5.3).
@@ -132,8 +138,8 @@ impl Parts for Arrived<'_> {
 
     fn header(&self, name: &str) -> Option<Result<Cow<'_, str>, String>> {
         let Some(value) = self.table(name) else {
-            let (_, node) = self.node().filter(|(own, _)| *own == name)?;
-            return Some(Ok(node.into()));
+            let is_it = name == node_of(self.kind());
+            return is_it.then(|| self.node()).flatten().map(|(_, node)| Ok(node.into()));
         };
         Some(match value {
             AMQPValue::LongString(text) => Ok(String::from_utf8_lossy(text.as_bytes())),
@@ -289,6 +295,21 @@ mod tests {
         }
         let other = BasicProperties::default().with_app_id("no node".into());
         assert_eq!(Arrived(&other).header(header::SENDER), None);
+    }
+
+    #[test]
+    fn what_is_no_node_stays_in_its_header() {
+        for sender in [json!("x".repeat(300)), json!("a b"), json!(["a"])] {
+            let mut wire = Wire::default();
+            wire.headers.insert(header::SENDER.to_owned(), sender);
+            let sent = properties(wire.clone(), None).unwrap();
+            assert_eq!(*sent.app_id(), None);
+            assert_eq!(
+                Arrived(&sent).headers_but(&[]),
+                wire.headers,
+                "it can be buried as it came"
+            );
+        }
     }
 
     #[test]

@@ -21,28 +21,36 @@ pub(super) fn read(
     data: Vec<u8>,
     atom_of: impl Fn(&str) -> Option<AtomId>,
 ) -> (DeadLetter, u32) {
-    let death = death(properties).map(|mut death| {
-        death.atom = atom_of(&death.queue);
-        death
-    });
+    let death = death(properties, atom_of);
     let wire = Arrived(properties).to_wire(data.into());
     (DeadLetter::from_wire(&wire, death), redeliveries(properties, redelivered))
 }
 
-/// What the broker says, if it was the one who moved the message here: the newest entry of `x-death`.
-fn death(properties: &BasicProperties) -> Option<BrokerDeath> {
+/// What the broker says, if it was the one who moved the message here: the newest entry of `x-death`, and the atom by the
+/// newest that is of an atom's queue.
+fn death(
+    properties: &BasicProperties,
+    atom_of: impl Fn(&str) -> Option<AtomId>,
+) -> Option<BrokerDeath> {
     let headers = properties.headers().as_ref()?.inner();
     let AMQPValue::FieldArray(deaths) = headers.get("x-death")? else { return None };
-    let AMQPValue::FieldTable(newest) = deaths.as_slice().first()? else { return None };
-    let text = |name: &str| newest.inner().get(name).and_then(text);
-    let at = match newest.inner().get("time") {
+    let mut deaths = deaths.as_slice().iter().filter_map(|death| match death {
+        AMQPValue::FieldTable(death) => Some(death.inner()),
+        _ => None,
+    });
+    let newest = deaths.next()?;
+    let said =
+        |death: &BTreeMap<ShortString, AMQPValue>, name: &str| death.get(name).and_then(text);
+    let at = match newest.get("time") {
         Some(AMQPValue::Timestamp(seconds)) => {
             SystemTime::UNIX_EPOCH.checked_add(std::time::Duration::from_secs(*seconds))
         }
         _ => None,
     };
-    let (word, queue) = (text("reason")?, text("queue").unwrap_or_default());
-    Some(BrokerDeath { word, queue, atom: None, at })
+    let (word, queue) = (said(newest, "reason")?, said(newest, "queue").unwrap_or_default());
+    let mut earlier = deaths.filter_map(|death| said(death, "queue"));
+    let atom = atom_of(&queue).or_else(|| earlier.find_map(|queue| atom_of(&queue)));
+    Some(BrokerDeath { word, queue, atom, at })
 }
 
 fn text(value: &AMQPValue) -> Option<String> {
