@@ -63,7 +63,7 @@ pub trait Atom: Send + Sync + 'static {
 ///
 /// | | runs at once on a node | at its time limit | while it waits for others | may ask itself |
 /// |---|---|---|---|---|
-/// | `Atomic` | [256](Options::CONCURRENCY_DEFAULT), or as it says; blocking ones four more than there are cores | its slot is free at once | its slot is free | yes |
+/// | `Atomic` | [256](Options::CONCURRENCY_DEFAULT), or as it says; blocking ones [a few more than there are cores](Options::blocking) | its slot is free at once | its slot is free | yes |
 /// | `Spawner` | the same | the same | the same | yes |
 /// | `Singleton` | 1, over all conductors | its slot waits for the true end | its slot is kept, the node's permit is free | no: [an error](crate::CallError::AsksItself) |
 ///
@@ -159,8 +159,8 @@ impl Options {
 
     /// Limits how many run at once on a node.
     ///
-    /// The default is [`Options::CONCURRENCY_DEFAULT`], and for [blocking](Self::blocking) atoms four
-    /// more than there are cores.
+    /// The default is [`Options::CONCURRENCY_DEFAULT`], and for [blocking](Self::blocking) atoms a
+    /// few more than there are cores.
     ///
     /// # Panics
     /// When `limit` is 0.

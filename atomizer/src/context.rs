@@ -257,7 +257,7 @@ impl Context {
         // Another run of this electron on this node asked the same child, but in another round.
         child.correlation_id = (self.round > 0).then(|| self.round.to_string());
         let tries = self.electron.attempts.saturating_add(self.electron.passes);
-        child.parent = child.parent.map(|parent| parent.tries(tries));
+        child.parent = child.parent.map(|parent| parent.tries(tries).lives(self.electron.lives));
         Ok(child)
     }
 

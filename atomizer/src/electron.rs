@@ -125,22 +125,26 @@ pub struct Parent {
     pub id: ElectronId,
     /// Which of the parent's children it is, counted from 0.
     pub index: u64,
-    /// How often its node had given up children before this one was asked: what is given up, and its answer, is told
-    /// from what the same parent, or a later life of it on the same node, asks under the same id afterwards.
+    /// The round of its node when the run that asked began. A round ends when a run fails, is stopped or lets go of a
+    /// child, and when a session is lost: so what is given up, and its answer, is told from what a later run of the same
+    /// parent on that node asks under the same id.
     pub round: u64,
     /// How often the parent had failed or been handed on before it asked. A later life of it, after its node was lost,
     /// asks in the same try; another try may want to know anew.
     pub tries: u32,
+    /// How often the parent had been begun under suspicion, for its node was lost: then what has just been put out for an
+    /// earlier life of it is as good.
+    pub lives: u32,
 }
 
 impl Parent {
     /// Says whose child it is, and which.
     #[must_use]
     pub fn new(id: ElectronId, index: u64) -> Self {
-        Self { id, index, round: 0, tries: 0 }
+        Self { id, index, round: 0, tries: 0, lives: 0 }
     }
 
-    /// Says how often its node had given up children before.
+    /// Says in which round of its node it was asked.
     #[must_use]
     pub fn round(mut self, round: u64) -> Self {
         self.round = round;
@@ -151,6 +155,13 @@ impl Parent {
     #[must_use]
     pub fn tries(mut self, tries: u32) -> Self {
         self.tries = tries;
+        self
+    }
+
+    /// Says how often the parent had been begun under suspicion.
+    #[must_use]
+    pub fn lives(mut self, lives: u32) -> Self {
+        self.lives = lives;
         self
     }
 }

@@ -427,7 +427,9 @@ impl EventKind {
             Self::Received { redeliveries, .. } => {
                 write!(f, "received {id} again, redelivery {redeliveries}, {nth} is next")
             }
-            Self::Adopted { .. } => write!(f, "received {id} again while it is here, {nth}"),
+            Self::Adopted { .. } => {
+                write!(f, "received {id} again, which is here or has just ended, {nth}")
+            }
             Self::Parked { .. } => write!(f, "parked {id}, {nth}"),
             Self::Suspected { lives, .. } => {
                 write!(f, "suspects {id}, life {lives}, {nth} is next")

@@ -50,11 +50,13 @@ pub mod header {
     pub const PARENT: &str = "atomizer-parent";
     /// Which child of its parent it is, counted from 0.
     pub const INDEX: &str = "atomizer-index";
-    /// How often the sender had given up children before it asked (electron), or up to which of these rounds the children
+    /// The round of its sender when the run that asked began (electron), or up to which of these rounds the children
     /// are meant (cancel); absent means 0.
     pub const ROUND: &str = "atomizer-round";
     /// How often the parent had failed or been handed on before it asked; absent means 0.
     pub const TRIES: &str = "atomizer-tries";
+    /// How often the parent had been begun under suspicion; absent means 0.
+    pub const PARENT_LIVES: &str = "atomizer-parent-lives";
     /// Attempts failed so far (electron), or which attempt answers, counted from 1 (answer).
     pub const ATTEMPT: &str = "atomizer-attempt";
     /// Starts under suspicion so far.
@@ -300,6 +302,9 @@ fn encode_electron(electron: Electron) -> Wire {
         if parent.tries > 0 {
             wire.set(header::TRIES, parent.tries);
         }
+        if parent.lives > 0 {
+            wire.set(header::PARENT_LIVES, parent.lives);
+        }
     }
     if electron.attempts > 0 {
         wire.set(header::ATTEMPT, electron.attempts);
@@ -434,7 +439,7 @@ fn check_version(parts: &impl Parts) -> Result<(), String> {
 }
 
 /// What is read of an electron's headers; the others are not ours.
-const OF_ELECTRON: [&str; 14] = [
+const OF_ELECTRON: [&str; 15] = [
     header::VERSION,
     header::ATOM,
     header::SENDER,
@@ -442,6 +447,7 @@ const OF_ELECTRON: [&str; 14] = [
     header::INDEX,
     header::ROUND,
     header::TRIES,
+    header::PARENT_LIVES,
     header::ATTEMPT,
     header::LIVES,
     header::PASSES,
@@ -469,13 +475,14 @@ fn decode_electron(
     let index = read(parts, header::INDEX)?.unwrap_or(0);
     let round = read(parts, header::ROUND)?.unwrap_or(0);
     let tries = read(parts, header::TRIES)?.unwrap_or(0);
+    let lives = read(parts, header::PARENT_LIVES)?.unwrap_or(0);
     Ok(Electron {
         id,
         atom,
         reply_to: parts.reply_to().map(ReplyTo::new),
         correlation_id: parts.correlation_id().map(ToOwned::to_owned),
         sender: read_text(parts, header::SENDER)?.map(node_id).transpose()?,
-        parent: read(parts, header::PARENT)?.map(|id| Parent { id, index, round, tries }),
+        parent: read(parts, header::PARENT)?.map(|id| Parent { id, index, round, tries, lives }),
         policy: read_json(parts, header::POLICY)?,
         attempts: read(parts, header::ATTEMPT)?.unwrap_or(0),
         lives: read(parts, header::LIVES)?.unwrap_or(0),

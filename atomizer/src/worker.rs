@@ -75,8 +75,8 @@ pub(crate) struct Worker {
     avoiding: Vec<Held>,
     /// How often in a row that could not be told.
     census_errors: u32,
-    /// On their way to be this node's for good, by who asked last.
-    taking: FxHashMap<ElectronId, Arc<Electron>>,
+    /// On their way to be this node's for good, by who asked last, and until when it is wanted.
+    taking: FxHashMap<ElectronId, (Arc<Electron>, Option<Instant>)>,
     /// The way of the first suspect to its turn.
     turn: Option<BoxFuture<'static, Step>>,
     /// Begun here: it runs, or waits for its next attempt. Each once, however often it is delivered.
@@ -360,7 +360,8 @@ impl Worker {
             while let Some(step) = self.asked.next().await {
                 match step {
                     Step::Settled(settled) => self.on_settled(settled),
-                    Step::TakenForGood { held, taken: Ok(()), .. } => {
+                    Step::TakenForGood { mut held, taken: Ok(()), .. } => {
+                        self.taken_for(&mut held);
                         self.hand_on(held, Began::now(), Duration::ZERO, NODE_STOPS.to_owned());
                     }
                     _ => {}

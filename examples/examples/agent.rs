@@ -46,7 +46,7 @@ struct Options {
     /// What the id of this node begins with.
     #[arg(long, default_value = "agent", value_parser = node_name)]
     name: String,
-    /// How many electrons run at once here; of those that compute, four more than there are cores at most [default: 1024].
+    /// How many electrons run at once here; of those that compute, a few more than there are cores at most [default: 1024].
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     concurrency: Option<NonZeroU32>,
 }

@@ -39,7 +39,7 @@ impl Worker {
             let left = electron.deadline.map(|deadline| deadline.saturating_sub(waited));
             let deadline = left.and_then(|left| now.checked_add(left));
             if electron.atom == self.atom.id {
-                if self.is_begun_once(&electron) {
+                if self.is_begun_once(&electron, deadline) {
                     self.drop_duplicate(claim);
                     continue;
                 }

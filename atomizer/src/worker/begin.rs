@@ -6,7 +6,7 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     EXPIRED, GIVEN_UP, NODE_STOPS, Step, TICK, Worker,
-    held::{Began, Begun, Held, Running},
+    held::{Began, Begun, Held, Running, later},
 };
 use crate::{
     Context, Electron, ElectronId, EventKind, Failure, FailureKind, Outcome, SettleError,
@@ -45,7 +45,7 @@ impl Worker {
 
     pub(super) fn start(&mut self, held: Held, permit: Permit, began: Began) {
         let id = held.electron.id;
-        if self.is_begun_once(&held.electron) {
+        if self.is_begun_once(&held.electron, held.deadline) {
             if let Some(claim) = held.ticket {
                 self.drop_duplicate(claim);
             }
@@ -70,6 +70,8 @@ impl Worker {
     }
 
     /// Takes in another delivery of what is begun.
+    ///
+    /// What the run itself has asked keeps the deadline that it had then.
     pub(super) fn adopt(
         &mut self,
         electron: Arc<Electron>,
@@ -80,8 +82,14 @@ impl Worker {
         let Some(begun) = self.begun.get_mut(&id) else { return };
         let held = begun.held_mut();
         self.out -= held.out();
-        held.adopt(electron, claim, deadline);
+        held.adopt(electron, claim);
+        held.extend(deadline);
         self.out += held.out();
+        self.renew_limit(id);
+    }
+
+    /// Has a run stop when that is due now.
+    fn renew_limit(&mut self, id: ElectronId) {
         let Some(Begun::Running(running)) = self.begun.get(&id) else { return };
         let limit = self.limit(&running.held, running.began.instant);
         if let Some((at, _)) = limit {
@@ -118,7 +126,7 @@ impl Worker {
     /// Removes an electron from its queue before it is begun, so that it can never be begun again.
     pub(super) fn take_for_good(&mut self, mut held: Held, permit: Permit) {
         let link = Arc::clone(&self.asker.link);
-        self.taking.insert(held.electron.id, Arc::clone(&held.electron));
+        self.taking.insert(held.electron.id, (Arc::clone(&held.electron), held.deadline));
         let claim = held.ticket.take().expect("it was looked at");
         self.asked.push(Box::pin(async move {
             let taken = match (link.session(), claim.ticket().await) {
@@ -138,9 +146,7 @@ impl Worker {
         permit: Permit,
         taken: Result<(), SettleError>,
     ) {
-        if let Some(asked_last) = self.taking.remove(&held.electron.id) {
-            held.answer_to(&asked_last);
-        }
+        self.taken_for(&mut held);
         match taken {
             Ok(()) if self.draining => {
                 self.hand_on(held, Began::now(), Duration::ZERO, NODE_STOPS.to_owned());
@@ -157,8 +163,16 @@ impl Worker {
         self.start_ready();
     }
 
+    /// Has what was taken for good answer who asked last.
+    pub(super) fn taken_for(&mut self, held: &mut Held) {
+        if let Some((asked_last, deadline)) = self.taking.remove(&held.electron.id) {
+            held.answer_to(&asked_last);
+            held.deadline = deadline;
+        }
+    }
+
     /// Whether the same is here already, and is to be begun once at the most. Then it answers this copy.
-    pub(super) fn is_begun_once(&mut self, copy: &Electron) -> bool {
+    pub(super) fn is_begun_once(&mut self, copy: &Electron, deadline: Option<Instant>) -> bool {
         if !self.atom.options.is_at_most_once() {
             return false;
         }
@@ -167,13 +181,16 @@ impl Worker {
             let is_same = held.is_asked_by(copy);
             if is_same {
                 held.answer_to(copy);
+                held.extend(deadline);
+                self.renew_limit(copy.id);
             }
             return is_same;
         }
-        let Some(taken) = self.taking.get_mut(&copy.id) else { return false };
+        let Some((taken, until)) = self.taking.get_mut(&copy.id) else { return false };
         let is_same = taken.payload == copy.payload;
         if is_same {
             *taken = Arc::new(copy.clone());
+            *until = later(*until, deadline);
         }
         is_same
     }

@@ -64,8 +64,11 @@ impl Ended {
         }
     }
 
-    /// Returns the output, if the same was asked in the same try a short while ago.
+    /// Returns the output for a later life of the parent, if the same was asked in the same try a short while ago.
     pub(super) fn output(&self, electron: &Electron) -> Option<Payload> {
+        if electron.parent.is_none_or(|parent| parent.lives == 0) {
+            return None;
+        }
         let Output { payload, asked, at } = self.outputs.get(&electron.id)?;
         (at.elapsed() <= AGE_MAX && *asked == self.hash(electron)).then(|| payload.clone())
     }
@@ -87,7 +90,7 @@ mod tests {
         let atom = AtomId::from_static("child");
         let mut child =
             Electron::with_id(parent.child(index), atom, Payload::json(input.to_owned()));
-        child.parent = Some(Parent::new(parent, index));
+        child.parent = Some(Parent::new(parent, index).lives(1));
         child
     }
 
@@ -101,6 +104,13 @@ mod tests {
         let mut next_try = child(0, "1");
         next_try.parent = next_try.parent.map(|parent| parent.tries(1));
         assert_eq!(ended.output(&next_try), None, "it wants to know anew");
+        let mut first_life = child(0, "1");
+        first_life.parent = first_life.parent.map(|parent| parent.lives(0));
+        assert_eq!(
+            ended.output(&first_life),
+            None,
+            "as one that is sent back, or whose parent tries again"
+        );
         tokio::time::advance(AGE_MAX + Duration::from_millis(1)).await;
         assert_eq!(ended.output(&child(0, "1")), None, "too long ago");
     }

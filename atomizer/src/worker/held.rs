@@ -44,15 +44,13 @@ impl Held {
         self.electron.payload == copy.payload
     }
 
-    /// Takes in another delivery of the same, which is wanted until `deadline`.
-    pub(super) fn adopt(
-        &mut self,
-        electron: Arc<Electron>,
-        claim: Claim,
-        deadline: Option<Instant>,
-    ) {
-        // An earlier life of its parent may have had less time.
-        self.deadline = self.deadline.and_then(|own| Some(own.max(deadline?)));
+    /// Notes that it is wanted until `deadline` by another, too: an earlier life of its parent may have had less time.
+    pub(super) fn extend(&mut self, deadline: Option<Instant>) {
+        self.deadline = later(self.deadline, deadline);
+    }
+
+    /// Takes in another delivery of the same.
+    pub(super) fn adopt(&mut self, electron: Arc<Electron>, claim: Claim) {
         // What an earlier session delivered went back when it ended.
         let epoch = claim.epoch();
         let is_gone = |held: &Claim| held.epoch() != epoch || held.is_lost();
@@ -122,6 +120,11 @@ impl Held {
     pub(super) fn is_expired(&self, now: Instant) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
+}
+
+/// The later of two deadlines; none is later than any.
+pub(super) fn later(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    Some(one?.max(other?))
 }
 
 pub(super) enum Begun {
