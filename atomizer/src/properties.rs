@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AtomId, Electron, ElectronId, NodeId, Payload, clock};
+use crate::{Atom, AtomId, CallError, Electron, ElectronId, NodeId, Payload, clock, erased};
 
 /// The outcome of one electron: what the asker is answered.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +32,17 @@ pub struct Properties {
 }
 
 impl Properties {
+    /// Returns what the atom put out.
+    ///
+    /// # Errors
+    /// [`CallError::Failed`] when it failed, and [`CallError::Decode`] when this is no output of `A`.
+    pub fn output<A: Atom>(&self) -> Result<A::Output, CallError> {
+        match &self.outcome {
+            Ok(payload) => erased::decode(payload).map_err(CallError::Decode),
+            Err(failure) => Err(CallError::Failed(failure.clone())),
+        }
+    }
+
     /// Makes the outcome of an attempt that begins and ends now.
     #[must_use]
     pub fn new(electron: &Electron, node: NodeId, outcome: Result<Payload, Failure>) -> Self {

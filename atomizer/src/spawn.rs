@@ -36,6 +36,34 @@ impl<'cx> Spawning<'cx> {
 
     /// Has their outcomes sent to an address, such as a [result address](Context::result_address) that another process
     /// reads.
+    ///
+    /// ```
+    /// # use atomizer::prelude::*;
+    /// use atomizer::ResultsId;
+    ///
+    /// const SQUARES: ResultsId = ResultsId::from_static("squares");
+    ///
+    /// # struct Square;
+    /// # impl Atom for Square {
+    /// #     const ID: &'static str = "square";
+    /// #     type Input = u64;
+    /// #     type Output = u64;
+    /// #     async fn process(&self, _cx: &Context, input: u64) -> Result<u64> { Ok(input * input) }
+    /// # }
+    /// async fn spawn(cx: &Context) -> Result<()> {
+    ///     let squares = cx.result_address(&SQUARES).await?;
+    ///     cx.spawning().results_to(squares).on_success::<Square>(12)?;
+    ///     Ok(())
+    /// }
+    ///
+    /// // In this process or another, now or later.
+    /// async fn read(node: &Atomizer) {
+    ///     let mut results = node.results(SQUARES);
+    ///     while let Some(outcome) = results.next().await {
+    ///         println!("{:?}", outcome.output::<Square>());
+    ///     }
+    /// }
+    /// ```
     pub fn results_to(mut self, address: ReplyTo) -> Self {
         self.results_to = Some(address);
         self

@@ -104,7 +104,7 @@ pub struct ChildError {
 #[non_exhaustive]
 pub enum FanOutError {
     /// More children failed than are [tolerated](Lenient::tolerate).
-    #[error("{} children failed where {tolerated} are tolerated; child {} was the last", failures.len(), last(failures))]
+    #[error("too many children failed: {}, where {tolerated} are tolerated{}", failures.len(), last(failures))]
     TooManyFailures {
         /// How many may fail.
         tolerated: usize,
@@ -112,7 +112,7 @@ pub enum FanOutError {
         failures: Vec<ChildError>,
     },
     /// All children have answered or failed, and there were not [enough](Lenient::enough) outputs.
-    #[error("{outputs} of {wanted} outputs that were wanted; {} children failed", failures.len())]
+    #[error("too few outputs: {outputs}, where {wanted} were wanted; failed: {}{}", failures.len(), last(failures))]
     TooFewOutputs {
         /// How many were wanted.
         wanted: usize,
@@ -123,8 +123,11 @@ pub enum FanOutError {
     },
 }
 
-fn last(failures: &[ChildError]) -> usize {
-    failures.last().map_or(0, |failure| failure.index)
+fn last(failures: &[ChildError]) -> String {
+    let last = failures.last();
+    last.map_or_else(String::new, |ChildError { index, source }| {
+        format!("; the last was child {index}: {source}")
+    })
 }
 
 /// Folds what comes until the rules say that it is complete. What is not waited for any more is given up.

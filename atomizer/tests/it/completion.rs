@@ -90,7 +90,14 @@ impl Atom for Survey {
             Err(FanOutError::TooManyFailures { tolerated, failures }) => {
                 format!("too many failures: {} where {tolerated} are tolerated", failures.len())
             }
-            Err(error) => error.to_string(),
+            Err(error @ FanOutError::TooFewOutputs { .. }) => {
+                let error = error.to_string();
+                // Which is the last, and how it failed, differs.
+                let (error, last) = error.split_once("; the last was child ").unwrap();
+                assert!(last.contains(": "), "the cause is told: {last}");
+                error.to_owned()
+            }
+            Err(error) => return Err(error.into()),
         })
     }
 }
@@ -120,7 +127,7 @@ async fn a_thousand_children_of_which_some_fail_end_as_each_rule_says() {
         (Rule::Tolerate(29), "too many failures: 30 where 29 are tolerated"),
         (Rule::Tolerate(0), "too many failures: 1 where 0 are tolerated"),
         (Rule::Enough(970), "Enough: 970 outputs, 20 failures, 10 given up"),
-        (Rule::Enough(971), "970 of 971 outputs that were wanted; 30 children failed"),
+        (Rule::Enough(971), "too few outputs: 970, where 971 were wanted; failed: 30"),
         (Rule::Enough(0), "Enough: 0 outputs, 0 failures, 0 given up"),
         (
             Rule::EnoughOf { outputs: 970, tolerated: 19 },
