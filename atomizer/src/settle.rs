@@ -180,8 +180,10 @@ impl Ending {
         };
         match (&self.not_settled, how) {
             (Some(reason), _) => tracing::warn!(%atom, %electron, %reason, "not settled here"),
-            // Nobody wants to know: who asked was told by its own clock, or gave it up.
-            (None, How::Failed { failure, .. }) if failure.kind == FailureKind::Expired => {
+            // Nobody wants to know: who asked was told by its own clock, or gave it up. A dead letter is told of.
+            (None, How::Failed { failure, dead: false })
+                if failure.kind == FailureKind::Expired =>
+            {
                 tracing::debug!(%atom, %electron, %failure, "failed");
             }
             (None, How::Failed { failure, .. }) => {

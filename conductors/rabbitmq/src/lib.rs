@@ -31,8 +31,8 @@
 //! permissions of who sends, who works and who operates. [`RabbitMq::topology`] says who makes them.
 //!
 //! What is parked is published there again before the broker loses its patience with what is held
-//! ([`RabbitMq::hold_max`]). What was parked carries `atomizer/parked` in the property `app_id` (elsewhere the node that it is from), by which it is known
-//! as delivered before.
+//! ([`RabbitMq::hold_max`]). What was parked carries `atomizer/parked` in the property `app_id`, by which it is known
+//! as delivered before; any other message has the node there that it is from.
 //!
 //! Any AMQP 0-9-1 client can ask an atom: publish JSON to the exchange with routing key `atom.<atom id>`,
 //! and name a queue in `reply_to`.
