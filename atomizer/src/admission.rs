@@ -19,20 +19,36 @@ use std::{
     },
 };
 
+use ::metrics::Gauge;
 use tokio::sync::{Notify, oneshot};
 
-use crate::{Options, run::Waits};
+use crate::{Options, metrics, run::Waits};
 
 /// The permits of one node.
 pub(crate) struct Admission {
     state: Mutex<State>,
     /// How many parents wait for their children.
     waiting: AtomicUsize,
+    waiting_shown: Gauge,
 }
 
 /// Names an atom within the admission of its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lane(usize);
+
+/// How many permits are out, and how many there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) running: usize,
+    pub(crate) limit: usize,
+}
+
+impl Usage {
+    fn new(limit: usize, free: isize) -> Self {
+        let limit = limit.min(Options::CONCURRENCY_MAX);
+        Self { running: limit.saturating_add_signed(-free), limit }
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Priority {
@@ -47,6 +63,7 @@ pub(crate) enum Priority {
 struct State {
     /// Below 0 while atoms run that were not asked to queue ([`Admission::force`]).
     free: isize,
+    limit: usize,
     lanes: Vec<LaneState>,
     /// Where the search for the next to be served begins, so that lanes take turns.
     next_lane: usize,
@@ -54,6 +71,7 @@ struct State {
 
 struct LaneState {
     free: isize,
+    limit: usize,
     /// Who waits keeps its place in the lane.
     keeps: bool,
     resuming: VecDeque<oneshot::Sender<Permit>>,
@@ -62,8 +80,12 @@ struct LaneState {
 
 impl Admission {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        let state = State { free: capped(limit), lanes: Vec::new(), next_lane: 0 };
-        Arc::new(Self { state: Mutex::new(state), waiting: AtomicUsize::new(0) })
+        let state = State { free: capped(limit), limit, lanes: Vec::new(), next_lane: 0 };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            waiting: AtomicUsize::new(0),
+            waiting_shown: metrics::parents_waiting(),
+        })
     }
 
     /// Returns how many parents wait for their children, those included that have lent them their permits.
@@ -71,11 +93,25 @@ impl Admission {
         self.waiting.load(Ordering::Relaxed)
     }
 
+    /// Returns how many permits of the node are out.
+    pub(crate) fn usage(&self) -> Usage {
+        let state = self.lock();
+        Usage::new(state.limit, state.free)
+    }
+
+    /// Returns how many permits of an atom are out.
+    pub(crate) fn usage_of(&self, lane: Lane) -> Usage {
+        let state = self.lock();
+        let lane = &state.lanes[lane.0];
+        Usage::new(lane.limit, lane.free)
+    }
+
     /// Adds an atom with its own limit. `keeps` says that who waits keeps its place.
     pub(crate) fn add_lane(&self, limit: usize, keeps: bool) -> Lane {
         let mut state = self.lock();
         state.lanes.push(LaneState {
             free: capped(limit),
+            limit,
             keeps,
             resuming: VecDeque::new(),
             starting: VecDeque::new(),
@@ -485,6 +521,7 @@ struct Counted(Arc<Admission>);
 impl Counted {
     fn new(admission: &Arc<Admission>) -> Self {
         admission.waiting.fetch_add(1, Ordering::Relaxed);
+        admission.waiting_shown.increment(1);
         Self(Arc::clone(admission))
     }
 }
@@ -492,6 +529,7 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.0.waiting_shown.decrement(1);
     }
 }
 

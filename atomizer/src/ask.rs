@@ -2,8 +2,9 @@
 
 use std::{
     fmt,
+    future::ready,
     marker::PhantomData,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -148,6 +149,24 @@ impl Asker {
         electron
     }
 
+    /// Says that an electron is on its way to its queue.
+    pub(crate) fn tell_sent(&self, electron: &Electron) {
+        self.node.events.emit(Some(self.link.id()), || EventKind::Sent {
+            electron: electron.id,
+            atom: electron.atom.clone(),
+            parent: electron.parent.map(|parent| parent.id),
+        });
+    }
+
+    /// Says so of each electron among these.
+    pub(crate) fn tell_all_sent(&self, envelopes: &[Envelope]) {
+        for envelope in envelopes {
+            if let Message::Electron(electron) = &envelope.message {
+                self.tell_sent(electron);
+            }
+        }
+    }
+
     /// Does not wait for an answer any longer. What is asked from now on, it may be under the same id, is told from it.
     pub(crate) fn forget(&self, id: ElectronId, token: Token) {
         let question = self.node.pending.remove(id, token);
@@ -158,6 +177,7 @@ impl Asker {
 
     /// Makes an electron safe. The caller bounds the time.
     async fn send(&self, electron: Arc<Electron>, delay: Duration) -> Result<(), SendError> {
+        self.tell_sent(&electron);
         self.link.send(&[envelope(&electron).after(delay)]).await.pop().unwrap_or(Ok(()))
     }
 
@@ -169,6 +189,7 @@ impl Asker {
         }
         let electrons = questions.len();
         tracing::warn!(conductor = %self.link.id(), electrons, "answers may have been lost; asking again");
+        self.link.metrics.asked_again.increment(electrons as u64);
         self.node.events.emit(Some(self.link.id()), || EventKind::AskedAgain { electrons });
         let mut by_atom = FxHashMap::<_, Vec<_>>::default();
         for question in questions {
@@ -195,26 +216,32 @@ impl Asker {
     }
 
     /// Makes an electron safe that nobody waits for, to be delivered after a delay.
-    pub(crate) async fn send_bounded(
-        &self,
+    ///
+    /// Not an `async fn`, which would keep room for the electron beside what is made of it: there are as many of these
+    /// futures as sends under way.
+    pub(crate) fn send_bounded(
+        self,
         mut electron: Electron,
         delay: Duration,
-    ) -> Result<ElectronId, CallError> {
+    ) -> impl Future<Output = Result<ElectronId, CallError>> + Send {
         electron.sender = Some(self.node.id.clone());
-        let id = electron.id;
-        let delay_max = self.link.limits().delay_max;
-        if delay > delay_max {
-            let reason =
-                format!("{} keeps electrons back for {delay_max:?} at the most", self.link.id());
-            return Err(CallError::NotSent { id, source: SendError::Refused(reason) });
+        let (id, electron) = (electron.id, Arc::new(electron));
+        async move {
+            let not_sent = |source| CallError::NotSent { id, source };
+            let delay_max = self.link.limits().delay_max;
+            if delay > delay_max {
+                let link = self.link.id();
+                let reason = format!("{link} keeps electrons back for {delay_max:?} at the most");
+                return Err(not_sent(SendError::Refused(reason)));
+            }
+            match timeout(SEND_TIMEOUT, self.send(electron, delay)).await {
+                Ok(sent) => sent.map(|()| id).map_err(not_sent),
+                Err(_) => {
+                    let reason = format!("no confirmation within {SEND_TIMEOUT:?}");
+                    Err(not_sent(SendError::Unknown(reason)))
+                }
+            }
         }
-        let sent =
-            timeout(SEND_TIMEOUT, self.send(electron.into(), delay)).await.unwrap_or_else(|_| {
-                let reason = format!("no confirmation within {SEND_TIMEOUT:?}");
-                Err(SendError::Unknown(reason))
-            });
-        sent.map_err(|source| CallError::NotSent { id, source })?;
-        Ok(id)
     }
 
     /// Makes a result address.
@@ -260,7 +287,14 @@ impl Asker {
             }
             rx.await.map_err(|_| CallError::Stopped)
         };
-        let answered = timeout(deadline, answered);
+        // Pinned here: moved from future to future it would have room in each. Gone as soon as it is over: what it holds
+        // is not to be held by one that queues for its permit.
+        let mut answering = pin!(Some(timeout(deadline, answered)));
+        let answered = async {
+            let answered = answering.as_mut().as_pin_mut().expect("it is asked once").await;
+            answering.set(None);
+            answered
+        };
         let answer = match slot {
             Some(slot) => slot.wait(answered).await,
             None => answered.await,
@@ -356,21 +390,6 @@ impl<'cx, T> Call<'cx, T> {
         }
         self
     }
-
-    async fn answer(self) -> Result<T, CallError> {
-        let mut electron = self.electron?;
-        let wanted = electron.deadline.map_or(self.deadline, |left| left.min(self.deadline));
-        electron.deadline = Some(wanted);
-        let properties = self.asker.ask(Arc::new(electron), self.deadline, self.slot).await?;
-        match &properties.outcome {
-            Ok(payload) => (self.decode)(payload).map_err(CallError::Decode),
-            // The node that had it noticed first.
-            Err(failure) if failure.kind == FailureKind::Expired => {
-                Err(CallError::Deadline { id: properties.electron, deadline: self.deadline })
-            }
-            Err(failure) => Err(CallError::Failed(failure.clone())),
-        }
-    }
 }
 
 impl<'cx, T: Send + 'cx> IntoFuture for Call<'cx, T> {
@@ -378,7 +397,24 @@ impl<'cx, T: Send + 'cx> IntoFuture for Call<'cx, T> {
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'cx>>;
 
     fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.answer())
+        let Self { asker, slot, electron, deadline, decode, .. } = self;
+        let mut electron = match electron {
+            Ok(electron) => electron,
+            Err(error) => return Box::pin(ready(Err(error))),
+        };
+        electron.deadline = Some(electron.deadline.map_or(deadline, |left| left.min(deadline)));
+        let electron = Arc::new(electron);
+        Box::pin(async move {
+            let properties = asker.ask(electron, deadline, slot).await?;
+            match &properties.outcome {
+                Ok(payload) => decode(payload).map_err(CallError::Decode),
+                // The node that had it noticed first.
+                Err(failure) if failure.kind == FailureKind::Expired => {
+                    Err(CallError::Deadline { id: properties.electron, deadline })
+                }
+                Err(failure) => Err(CallError::Failed(failure.clone())),
+            }
+        })
     }
 }
 

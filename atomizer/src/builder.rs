@@ -9,11 +9,13 @@ use crate::{
     AtomId, Atomizer, Conductor, ConductorId, InvalidId, Kind, NodeId, OpenError, Options, Policy,
     RawAtom, Resident,
     admission::Admission,
-    event::{EventStream, Events},
+    event::{EventStream, Events, Gather},
     home::{self, Threads},
     instance::Instances,
     link::Link,
+    metrics,
     node::{Node, Rules, Stage},
+    publish::Keeping,
     resident,
     run::Start,
     runtime::Supervisor,
@@ -215,11 +217,13 @@ impl Builder {
     /// # Cancel safety
     /// Dropping the future gives up the start.
     pub async fn start(self) -> Result<Atomizer, StartError> {
+        metrics::describe();
         let id = NodeId::unique(&self.name)?;
         let admission = Admission::new(self.concurrency);
         let atoms = register(self.atoms, &self.residents, &admission)?;
         let links = link(self.conductors, self.give_up_after)?;
         let events = Events::new(id.clone());
+        let keepings = keep(&id, &links, &events);
         for watch in self.watch {
             watch(events.subscribe());
         }
@@ -240,7 +244,7 @@ impl Builder {
                 return;
             }
             let (atomizer, mut supervisor, tried) =
-                Supervisor::new(node, stage_tx, links, &atoms, drain_timeout);
+                Supervisor::new(node, stage_tx, links, &atoms, keepings, drain_timeout);
             tokio::select! {
                 () = tried => supervisor.start(residents),
                 () = started_tx.closed() => {}
@@ -252,6 +256,18 @@ impl Builder {
         home::host(blocking_max, serve).map_err(|error| StartError::Thread(error.to_string()))?;
         started.await.unwrap_or_else(|_| Err(StartError::Thread("it ended at once".to_owned())))
     }
+}
+
+/// Has events gathered for each conductor that keeps them.
+fn keep(node: &NodeId, links: &[Arc<Link>], events: &Events) -> Vec<Keeping> {
+    let keeping = |link: &Arc<Link>| {
+        let (log, conductor) = (link.event_log()?, link.id().clone());
+        let gather = Arc::new(Gather::new(node.clone(), conductor.clone()));
+        Some(Keeping { log, gather, conductor })
+    };
+    let keepings: Vec<_> = links.iter().filter_map(keeping).collect();
+    events.keep(keepings.iter().map(|keeping| Arc::clone(&keeping.gather)).collect());
+    keepings
 }
 
 async fn open_all(

@@ -13,12 +13,18 @@
 //! Whoever writes a conductor runs the tests of `atomizer-conformance` against it: they are the contract,
 //! and the docs here are its prose.
 
-use std::{fmt, num::NonZeroUsize, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    num::NonZeroUsize,
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::{AtomId, ConductorId, Electron, Message, NodeId, ReplyTo, ResultsId};
+use crate::{AtomId, ConductorId, Electron, EventLog, Message, NodeId, ReplyTo, ResultsId};
 
 /// Carries electrons and answers: a description such as a URL and options.
 ///
@@ -39,6 +45,11 @@ pub trait Conductor: fmt::Debug + Send + Sync + 'static {
     /// # Cancel safety
     /// Dropping the future leaves nothing behind that would not end by itself.
     async fn open(&self, node: &NodeId) -> Result<Arc<dyn Session>, OpenError>;
+
+    /// Returns where the events of its nodes are kept; none where they are not.
+    fn event_log(&self) -> Option<Arc<dyn EventLog>> {
+        None
+    }
 }
 
 /// One life of a connection. A fault ends it; the runtime opens the next.
@@ -245,6 +256,10 @@ pub struct Delivery {
     pub redeliveries: u32,
     /// How long it has waited since it was first sent, as far as the conductor knows: zero where it does not.
     pub waited: Duration,
+    /// When it was sent, or was due if it had a delay, by the clock of who sent it: to the second, where the conductor knows.
+    ///
+    /// It is for people and metrics. Two machines' clocks differ, so nothing ends because of it.
+    pub sent_at: Option<SystemTime>,
     /// Its key for [`Session::settle`].
     pub ticket: Ticket,
 }
@@ -253,7 +268,14 @@ impl Delivery {
     /// Puts a delivery together; for conductors.
     #[must_use]
     pub fn new(message: Message, redeliveries: u32, ticket: Ticket) -> Self {
-        Self { message, redeliveries, waited: Duration::ZERO, ticket }
+        Self { message, redeliveries, waited: Duration::ZERO, sent_at: None, ticket }
+    }
+
+    /// Says when it was sent, or was due, by the clock of who sent it.
+    #[must_use]
+    pub fn sent_at(mut self, at: impl Into<Option<SystemTime>>) -> Self {
+        self.sent_at = at.into();
+        self
     }
 
     /// Says how long it has waited since it was sent.

@@ -6,14 +6,15 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use futures::Stream;
 use tokio::time::Instant;
 
 use crate::{
-    Atom, AtomId, Call, CallError, Cancel, ChildError, Electron, ElectronId, Envelope, Failure,
-    FanOut, Group, Kind, NodeId, Parent, Payload, ReplyTo, ResultsId, SendError, Spawning,
+    Atom, AtomId, Call, CallError, Cancel, ChildError, Electron, ElectronId, Envelope, EventKind,
+    Failure, FanOut, Group, Kind, NodeId, Parent, Payload, ReplyTo, ResultsId, SendError, Spawning,
     admission::Slot, ask::Asker, erased, node::Stage,
 };
 
@@ -35,7 +36,12 @@ pub struct Context {
     round: u64,
     /// What is sent when this run succeeds.
     pub(crate) spawned: Spawned,
+    /// When its progress was told last.
+    progress_told: Mutex<Option<Instant>>,
 }
+
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// Children that are sent when their parent succeeds.
 #[derive(Debug, Default)]
@@ -53,7 +59,19 @@ impl Context {
         let (kind, stop_at) = (Kind::Atomic, Stage::Cancelling);
         let (next_child, spawned) = (AtomicU64::new(0), Spawned::default());
         let round = asker.node.cancelled.round();
-        Self { asker, slot, electron, kind, deadline: None, stop_at, next_child, round, spawned }
+        let progress_told = Mutex::default();
+        Self {
+            asker,
+            slot,
+            electron,
+            kind,
+            deadline: None,
+            stop_at,
+            next_child,
+            round,
+            spawned,
+            progress_told,
+        }
     }
 
     /// The context of a resident: it runs without a permit, and is to stop when the node drains.
@@ -104,6 +122,29 @@ impl Context {
     /// Safe.
     pub async fn cancelled(&self) {
         self.asker.node.reached(self.stop_at).await;
+    }
+
+    /// Tells who watches how far this run has come: so much is done, of so much where that is known, in whatever unit
+    /// the atom likes to count.
+    ///
+    /// It is an [event](crate::EventKind::Progress), ten times a second at the most: what is told sooner after the last is
+    /// left out, unless all is done. So it may be called in every round of a loop.
+    pub fn progress(&self, done: u64, total: impl Into<Option<u64>>) {
+        let (electron, attempt, total) = (&self.electron, self.attempt(), total.into());
+        let mut last = self.progress_told.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_soon = last.is_some_and(|last| last.elapsed() < PROGRESS_EVERY);
+        if is_soon && total.is_none_or(|total| done < total) {
+            return;
+        }
+        *last = Some(Instant::now());
+        drop(last);
+        self.asker.node.events.emit(Some(self.asker.link.id()), || EventKind::Progress {
+            electron: electron.id,
+            atom: electron.atom.clone(),
+            attempt,
+            done,
+            total,
+        });
     }
 
     /// Asks another atom, anywhere in the cluster, and waits for its output without holding up a slot.

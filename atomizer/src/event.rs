@@ -1,21 +1,20 @@
 //! What happens on a node, as a stream that anyone may watch and nobody waits for.
 
-use std::{
-    fmt,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, SystemTime},
-};
+mod gather;
+mod json;
+mod stream;
+mod text;
+
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast;
 
-use crate::{AtomId, ConductorId, ElectronId, Failure, NodeId, clock};
+use crate::{AtomId, ConductorId, ElectronId, Failure, NodeId, Presence};
+pub(crate) use json::{micros, rfc3339};
 
-/// How many events a subscriber may lag behind before it loses the oldest.
-pub(crate) const BACKLOG: usize = 4096;
+pub(crate) use gather::Gather;
+pub(crate) use stream::Events;
+pub use stream::{EventStream, Missed};
 
 /// One thing that happened. It prints as one line, and travels as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,6 +48,15 @@ impl Event {
     #[must_use]
     pub fn atom(&self) -> Option<&AtomId> {
         self.kind.subject().1
+    }
+
+    /// Returns the electron whose run sent the one that it is about.
+    #[must_use]
+    pub fn parent(&self) -> Option<ElectronId> {
+        match self.kind {
+            EventKind::Sent { parent, .. } => parent,
+            _ => None,
+        }
     }
 
     /// Returns which attempt it is about, counted from 1.
@@ -100,6 +108,17 @@ pub enum EventKind {
         /// Why.
         error: String,
     },
+    /// An electron is on its way to its queue: asked, or sent. Whether it is safe there is told by what follows, and to
+    /// who sent it.
+    Sent {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// The electron whose run sent it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parent: Option<ElectronId>,
+    },
     /// An electron arrived. One that runs [inline](crate::Builder::waiting_max) comes from its parent, and does not.
     Received {
         /// The electron.
@@ -148,6 +167,20 @@ pub enum EventKind {
         atom: AtomId,
         /// Which attempt.
         attempt: u32,
+    },
+    /// A run tells how far it has come; see [`Context::progress`](crate::Context::progress).
+    Progress {
+        /// The electron.
+        electron: ElectronId,
+        /// Its atom.
+        atom: AtomId,
+        /// Which attempt.
+        attempt: u32,
+        /// How much is done, in whatever the atom counts.
+        done: u64,
+        /// How much there is, where that is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        total: Option<u64>,
     },
     /// A run holds its thread without yielding: an atom that blocks and does not say so.
     Blocking {
@@ -301,6 +334,14 @@ pub enum EventKind {
         /// Which start.
         attempt: u32,
     },
+    /// The node is there: told every [few seconds](crate::Presence::PERIOD) where events are kept.
+    Alive(Box<Presence>),
+    /// Events were not kept: more came than the [log](crate::EventLog) of this conductor could take. Watchers within
+    /// the process have seen them.
+    EventsLost {
+        /// How many.
+        events: u64,
+    },
     /// The node cannot go on.
     Critical {
         /// Why: the report that [`Atomizer::run`](crate::Atomizer::run) returns.
@@ -319,7 +360,162 @@ pub enum EventKind {
     Other,
 }
 
+/// How much an event matters to who watches over a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// A step on the way of each electron, and signs of life.
+    Debug,
+    /// An end that is well, and the life of a node.
+    Info,
+    /// Something went wrong and is being made good.
+    Warning,
+    /// Something ended badly, or somebody has to act.
+    Error,
+}
+
+impl Severity {
+    /// All, the least first.
+    pub const ALL: [Self; 4] = [Self::Debug, Self::Info, Self::Warning, Self::Error];
+
+    /// Returns its name: `debug`, `info`, `warning`, `error`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Debug => "debug",
+            Self::Info => "info",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
 impl EventKind {
+    /// The names of all kinds that this version knows.
+    pub const NAMES: &[&str] = &[
+        "session_opened",
+        "open_failed",
+        "session_lost",
+        "conductor_gone",
+        "subscribed",
+        "subscription_lost",
+        "sent",
+        "received",
+        "adopted",
+        "parked",
+        "suspected",
+        "started",
+        "progress",
+        "blocking",
+        "stuck",
+        "retried",
+        "requeued",
+        "handed_on",
+        "completed",
+        "failed",
+        "unreadable",
+        "not_settled",
+        "asked_again",
+        "answer_dropped",
+        "renewed",
+        "resident_started",
+        "resident_failed",
+        "resident_ended",
+        "alive",
+        "events_lost",
+        "critical",
+        "draining",
+        "cancelling",
+        "aborting",
+        "stopped",
+    ];
+
+    /// Returns its name, as the field `event` of the JSON form has it: `completed`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::SessionOpened => "session_opened",
+            Self::OpenFailed { .. } => "open_failed",
+            Self::SessionLost { .. } => "session_lost",
+            Self::ConductorGone { .. } => "conductor_gone",
+            Self::Subscribed { .. } => "subscribed",
+            Self::SubscriptionLost { .. } => "subscription_lost",
+            Self::Sent { .. } => "sent",
+            Self::Received { .. } => "received",
+            Self::Adopted { .. } => "adopted",
+            Self::Parked { .. } => "parked",
+            Self::Suspected { .. } => "suspected",
+            Self::Started { .. } => "started",
+            Self::Progress { .. } => "progress",
+            Self::Blocking { .. } => "blocking",
+            Self::Stuck { .. } => "stuck",
+            Self::Retried { .. } => "retried",
+            Self::Requeued { .. } => "requeued",
+            Self::HandedOn { .. } => "handed_on",
+            Self::Completed { .. } => "completed",
+            Self::Failed { .. } => "failed",
+            Self::Unreadable { .. } => "unreadable",
+            Self::NotSettled { .. } => "not_settled",
+            Self::AskedAgain { .. } => "asked_again",
+            Self::AnswerDropped { .. } => "answer_dropped",
+            Self::Renewed { .. } => "renewed",
+            Self::ResidentStarted { .. } => "resident_started",
+            Self::ResidentFailed { .. } => "resident_failed",
+            Self::ResidentEnded { .. } => "resident_ended",
+            Self::Alive(_) => "alive",
+            Self::EventsLost { .. } => "events_lost",
+            Self::Critical { .. } => "critical",
+            Self::Draining => "draining",
+            Self::Cancelling => "cancelling",
+            Self::Aborting => "aborting",
+            Self::Stopped => "stopped",
+            Self::Other => "other",
+        }
+    }
+
+    /// Returns how much it matters.
+    #[must_use]
+    pub fn severity(&self) -> Severity {
+        match self {
+            Self::Sent { .. }
+            | Self::Received { .. }
+            | Self::Adopted { .. }
+            | Self::Parked { .. }
+            | Self::Started { .. }
+            | Self::Progress { .. }
+            | Self::Subscribed { .. }
+            | Self::AnswerDropped { .. }
+            | Self::Alive(_)
+            | Self::Other => Severity::Debug,
+            Self::SessionOpened
+            | Self::HandedOn { .. }
+            | Self::Completed { .. }
+            | Self::Renewed { .. }
+            | Self::ResidentStarted { .. }
+            | Self::ResidentEnded { .. }
+            | Self::Draining
+            | Self::Cancelling
+            | Self::Stopped => Severity::Info,
+            Self::OpenFailed { .. }
+            | Self::SessionLost { .. }
+            | Self::SubscriptionLost { .. }
+            | Self::Suspected { .. }
+            | Self::Blocking { .. }
+            | Self::Retried { .. }
+            | Self::Requeued { .. }
+            | Self::NotSettled { .. }
+            | Self::AskedAgain { .. }
+            | Self::EventsLost { .. }
+            | Self::Aborting => Severity::Warning,
+            Self::ConductorGone { .. }
+            | Self::Stuck { .. }
+            | Self::Failed { .. }
+            | Self::Unreadable { .. }
+            | Self::ResidentFailed { .. }
+            | Self::Critical { .. } => Severity::Error,
+        }
+    }
+
     /// Returns which electron, atom and attempt it is about.
     fn subject(&self) -> (Option<ElectronId>, Option<&AtomId>, Option<u32>) {
         match self {
@@ -328,6 +524,7 @@ impl EventKind {
             | Self::Parked { electron, atom, attempt }
             | Self::Suspected { electron, atom, attempt, .. }
             | Self::Started { electron, atom, attempt }
+            | Self::Progress { electron, atom, attempt, .. }
             | Self::Blocking { electron, atom, attempt }
             | Self::Stuck { electron, atom, attempt, .. }
             | Self::Retried { electron, atom, attempt, .. }
@@ -341,6 +538,7 @@ impl EventKind {
             Self::ResidentStarted { atom, attempt }
             | Self::ResidentFailed { atom, attempt, .. }
             | Self::ResidentEnded { atom, attempt } => (None, Some(atom), Some(*attempt)),
+            Self::Sent { electron, atom, .. } => (Some(*electron), Some(atom), None),
             Self::Unreadable { atom, .. } | Self::Renewed { atom } => (None, Some(atom), None),
             Self::Subscribed { atom } | Self::SubscriptionLost { atom, .. } => {
                 (None, atom.as_ref(), None)
@@ -351,6 +549,8 @@ impl EventKind {
             | Self::SessionLost { .. }
             | Self::ConductorGone { .. }
             | Self::AskedAgain { .. }
+            | Self::Alive(_)
+            | Self::EventsLost { .. }
             | Self::Critical { .. }
             | Self::Draining
             | Self::Cancelling
@@ -359,227 +559,4 @@ impl EventKind {
             | Self::Other => (None, None, None),
         }
     }
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut line = format!("{} {}", humantime::format_rfc3339_millis(self.at), self.node);
-        if let Some(conductor) = &self.conductor {
-            line.push(' ');
-            line.push_str(conductor.as_str());
-        }
-        // Texts of others may have more lines than one; an event has one.
-        let kind = self.kind.to_string().replace(['\n', '\r'], " ");
-        write!(f, "{line} {kind}")
-    }
-}
-
-impl fmt::Display for EventKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::SessionOpened => f.write_str("session opened"),
-            Self::OpenFailed { error, retry_in } => {
-                write!(f, "failed to open a session: {error}; next try in {retry_in:.1?}")
-            }
-            Self::SessionLost { error } => write!(f, "session lost: {error}"),
-            Self::ConductorGone { error } => write!(f, "conductor given up: {error}"),
-            Self::Subscribed { atom: Some(atom) } => write!(f, "takes {atom}"),
-            Self::Subscribed { atom: None } => f.write_str("takes answers"),
-            Self::SubscriptionLost { atom, error } => {
-                let source = atom.as_ref().map_or("the inbox", AtomId::as_str);
-                write!(f, "subscription to {source} lost: {error}")
-            }
-            Self::AskedAgain { electrons } => {
-                write!(f, "asks again for {electrons} answers that may be lost")
-            }
-            Self::AnswerDropped { electron } => {
-                write!(f, "dropped an answer nobody waits for: {electron}")
-            }
-            Self::Unreadable { atom, reason } => {
-                write!(f, "unreadable message for {atom}: {reason}")
-            }
-            Self::Renewed { atom } => write!(f, "made {atom} afresh"),
-            Self::ResidentStarted { atom, attempt } => {
-                write!(f, "resident {atom} began, start {attempt}")
-            }
-            Self::ResidentFailed { atom, failure, wait, .. } => {
-                write!(f, "resident {atom} failed: {failure}; starts again in {wait:.1?}")
-            }
-            Self::ResidentEnded { atom, .. } => write!(f, "resident {atom} ended"),
-            Self::Critical { error } => write!(f, "critical: {error}"),
-            Self::Draining => f.write_str("draining"),
-            Self::Cancelling => f.write_str("cancelling"),
-            Self::Aborting => f.write_str("aborting"),
-            Self::Stopped => f.write_str("stopped"),
-            Self::Other => f.write_str("something that a later version knows"),
-            of_an_electron => of_an_electron.fmt_electron(f),
-        }
-    }
-}
-
-impl EventKind {
-    fn fmt_electron(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Some(electron), Some(atom), Some(attempt)) = self.subject() else { return Ok(()) };
-        let id = format_args!("{atom} {electron}");
-        let nth = format_args!("attempt {attempt}");
-        match self {
-            Self::Received { redeliveries: 0, .. } => write!(f, "received {id}, {nth} is next"),
-            Self::Received { redeliveries, .. } => {
-                write!(f, "received {id} again, redelivery {redeliveries}, {nth} is next")
-            }
-            Self::Adopted { .. } => {
-                write!(f, "received {id} again, which is here or has just ended, {nth}")
-            }
-            Self::Parked { .. } => write!(f, "parked {id}, {nth}"),
-            Self::Suspected { lives, .. } => {
-                write!(f, "suspects {id}, life {lives}, {nth} is next")
-            }
-            Self::Started { .. } => write!(f, "started {id}, {nth}"),
-            Self::Blocking { .. } => write!(f, "{id}, {nth}, blocks its thread"),
-            Self::Stuck { overdue, .. } => {
-                write!(f, "{id}, {nth}, does not stop, {overdue:.1?} after its time limit")
-            }
-            Self::Retried { failure, wait, .. } => {
-                write!(f, "retries {id} in {wait:.1?} after {failure}")
-            }
-            Self::Requeued { failure, wait, .. } => {
-                write!(f, "requeued {id} for {wait:.1?} after {failure}")
-            }
-            Self::HandedOn { reason, .. } => write!(f, "handed on {id}: {reason}"),
-            Self::Completed { took, unclaimed, .. } => {
-                write!(f, "completed {id} in {took:.1?}, {nth}{}", claim(unclaimed.as_ref()))
-            }
-            Self::Failed { failure, dead, unclaimed, .. } => {
-                let dead = if *dead { " (dead letter)" } else { "" };
-                write!(f, "failed {id}: {failure}{dead}{}", claim(unclaimed.as_ref()))
-            }
-            Self::NotSettled { reason, .. } => write!(f, "not settled here: {id}: {reason}"),
-            _ => Ok(()),
-        }
-    }
-}
-
-fn claim(unclaimed: Option<&String>) -> String {
-    unclaimed.map(|reason| format!(" (unclaimed: {reason})")).unwrap_or_default()
-}
-
-/// Points in time as text.
-mod rfc3339 {
-    use std::time::SystemTime;
-
-    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
-
-    pub(super) fn serialize<S: Serializer>(
-        at: &SystemTime,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&humantime::format_rfc3339_micros(*at))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<SystemTime, D::Error> {
-        humantime::parse_rfc3339(&String::deserialize(deserializer)?).map_err(D::Error::custom)
-    }
-}
-
-/// Durations as whole microseconds.
-mod micros {
-    use std::time::Duration;
-
-    use serde::{Deserialize as _, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(
-        duration: &Duration,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        serializer.serialize_u64(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Duration, D::Error> {
-        u64::deserialize(deserializer).map(Duration::from_micros)
-    }
-}
-
-/// Where a node's events go in. Never waits; costs next to nothing while nobody watches.
-#[derive(Debug)]
-pub(crate) struct Events {
-    node: NodeId,
-    tx: broadcast::Sender<Event>,
-    /// Kept beside the channel's own count, which takes a lock to read.
-    watching: Arc<AtomicUsize>,
-    /// The next number. Held while sending, so that events stand in the order of their numbers.
-    sequence: Mutex<u64>,
-}
-
-impl Events {
-    pub(crate) fn new(node: NodeId) -> Self {
-        Self {
-            node,
-            tx: broadcast::Sender::new(BACKLOG),
-            watching: Arc::default(),
-            sequence: Mutex::default(),
-        }
-    }
-
-    /// Publishes what `kind` makes, if anyone watches.
-    pub(crate) fn emit(&self, conductor: Option<&ConductorId>, kind: impl FnOnce() -> EventKind) {
-        if self.watching.load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let (node, conductor, kind) = (self.node.clone(), conductor.cloned(), kind());
-        let mut next = self.sequence.lock().unwrap_or_else(PoisonError::into_inner);
-        let sequence = *next;
-        *next += 1;
-        // An error says that the last watcher has just left.
-        drop(self.tx.send(Event { sequence, at: clock::now(), node, conductor, kind }));
-    }
-
-    pub(crate) fn subscribe(&self) -> EventStream {
-        self.watching.fetch_add(1, Ordering::Relaxed);
-        EventStream { rx: self.tx.subscribe(), watching: Arc::clone(&self.watching) }
-    }
-}
-
-/// A view of a node's events, from when it was made on.
-///
-/// A subscriber that does not keep up loses the oldest events and is told how many; it slows nobody.
-#[derive(Debug)]
-pub struct EventStream {
-    rx: broadcast::Receiver<Event>,
-    watching: Arc<AtomicUsize>,
-}
-
-impl EventStream {
-    /// Waits for the next event. `None` when the node is gone.
-    ///
-    /// # Errors
-    /// [`Missed`] when events were lost because this subscriber was slow; the next call goes on after them.
-    ///
-    /// # Cancel safety
-    /// Safe: no event is lost.
-    pub async fn next(&mut self) -> Option<Result<Event, Missed>> {
-        match self.rx.recv().await {
-            Ok(event) => Some(Ok(event)),
-            Err(broadcast::error::RecvError::Lagged(events)) => Some(Err(Missed { events })),
-            Err(broadcast::error::RecvError::Closed) => None,
-        }
-    }
-}
-
-impl Drop for EventStream {
-    fn drop(&mut self) {
-        self.watching.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Says how many events a slow subscriber lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{events} events were missed")]
-#[non_exhaustive]
-pub struct Missed {
-    /// How many.
-    pub events: u64,
 }

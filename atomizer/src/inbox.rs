@@ -60,7 +60,7 @@ pub(crate) async fn run(asker: Asker, tried: oneshot::Sender<()>) {
         for Delivery { message, ticket, .. } in deliveries {
             let emit = match message {
                 Message::Answer(answer) => {
-                    node.answer(link.id(), answer);
+                    node.answer(link, answer);
                     Vec::new()
                 }
                 Message::Cancel(cancel) => {

@@ -71,6 +71,7 @@ impl Asker {
         let (over_tx, over) = oneshot::channel();
         let (electron, is_over, worker) = (child.id, false, to.clone());
         let handed = Child { electron: Arc::clone(child), slot: Arc::clone(&slot), over: over_tx };
+        self.tell_sent(child);
         // An error says that the worker is gone; then its drop says that it was not run.
         drop(to.send(Handed::Child(handed)));
         Some(Inline { electron, slot, over, is_over, worker })

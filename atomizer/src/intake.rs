@@ -12,6 +12,7 @@ use crate::{
     AtomId, Delivery, EventKind, SessionError, Source, Subscription,
     ask::Asker,
     link::{Fault, Link, STOP_TIMEOUT, SharedSession, backoff, guard},
+    metrics::{self, Level},
     node::Node,
 };
 
@@ -25,6 +26,8 @@ pub(crate) struct Intake {
     pauses: Box<dyn Iterator<Item = Duration> + Send>,
     /// How often in a row subscribing failed.
     refusals: u32,
+    /// How much may be held, while there is a subscription to an atom.
+    open_window: Option<Level>,
     /// Told once, when the first subscription was made or refused.
     tried: Option<oneshot::Sender<()>>,
 }
@@ -54,8 +57,13 @@ impl Intake {
         tried: oneshot::Sender<()>,
     ) -> Self {
         let Asker { node, link } = asker.clone();
+        let open_window = match &source {
+            Source::Atom(atom) => Some(metrics::window(atom, link.id())),
+            Source::Inbox | Source::Results(_) => None,
+        };
         Self {
             sessions: link.sessions(),
+            open_window,
             node,
             link,
             source,
@@ -149,6 +157,7 @@ impl Intake {
 
     /// Takes no more. A conductor that does not answer is not waited for.
     pub(crate) async fn stop(&mut self) {
+        self.set_window(0);
         let stopping = guard(STOP_TIMEOUT, async {
             if let State::Subscribing(_, subscribing) = &mut self.state {
                 // It may come into being all the same, and would hold what is meant for others.
@@ -181,6 +190,7 @@ impl Intake {
         self.refusals = 0;
         self.pauses = Box::new(backoff());
         drop(self.tried.take());
+        self.set_window(self.window.get());
         let atom = self.atom();
         tracing::debug!(conductor = %self.link.id(), source = ?self.source, "subscribed");
         self.node.events.emit(Some(self.link.id()), || EventKind::Subscribed { atom });
@@ -189,6 +199,7 @@ impl Intake {
     fn lost(&mut self, error: &SessionError) {
         // Closing in order is no fault to be told of.
         if !matches!(error, SessionError::Closed) {
+            self.link.metrics.subscriptions_lost.increment(1);
             let atom = self.atom();
             let conductor = self.link.id();
             tracing::warn!(%conductor, source = ?self.source, %error, "subscription lost");
@@ -198,8 +209,15 @@ impl Intake {
             });
         }
         drop(self.tried.take());
+        self.set_window(0);
         let pause = self.pauses.next().expect("the backoff has no end");
         self.state = State::Pausing(Box::pin(sleep(pause)));
+    }
+
+    fn set_window(&mut self, electrons: usize) {
+        if let Some(window) = &mut self.open_window {
+            window.set(electrons);
+        }
     }
 
     fn atom(&self) -> Option<AtomId> {

@@ -20,11 +20,12 @@ use tokio::{
 };
 
 use crate::{
-    AtomId, Conductor, ConductorId, Envelope, EventKind, Limits, OpenError, Outcome, ReplyTo,
-    ResultsId, SendError, Session, SessionError, SettleError, Ticket,
+    AtomId, Conductor, ConductorId, Envelope, EventKind, EventLog, Limits, OpenError, Outcome,
+    ReplyTo, ResultsId, SendError, Session, SessionError, SettleError, Ticket,
     cancel::Telling,
     clock,
     inline::Handing,
+    metrics::{Level, OfLink},
     node::{Node, Stage},
     run::panic_message,
 };
@@ -55,6 +56,7 @@ pub(crate) struct Link {
     pub(crate) telling: Telling,
     give_up_after: Option<Duration>,
     faults: Faults,
+    pub(crate) metrics: OfLink,
 }
 
 /// What a conductor was caught at.
@@ -137,6 +139,7 @@ impl Link {
         give_up_after: Option<Duration>,
     ) -> Self {
         Self {
+            metrics: OfLink::new(&id),
             id,
             conductor,
             session: watch::Sender::new(None),
@@ -146,6 +149,10 @@ impl Link {
             give_up_after,
             faults: Faults::default(),
         }
+    }
+
+    pub(crate) fn event_log(&self) -> Option<Arc<dyn EventLog>> {
+        self.conductor.event_log()
     }
 
     pub(crate) fn id(&self) -> &ConductorId {
@@ -220,7 +227,7 @@ impl Link {
             gave_up = self.reopen(node) => Some(gave_up),
             () = node.reached(Stage::Closing) => None,
         };
-        let session = self.session.send_replace(None);
+        let session = self.replace_session(None);
         if let Some(session) = session {
             drop(guard(ANSWER_TIMEOUT, session.close()).await);
         }
@@ -240,8 +247,9 @@ impl Link {
             if let Some(session) = current {
                 let begun = Instant::now();
                 let error = self.watch(&session).await;
-                self.session.send_replace(None);
+                drop(self.replace_session(None));
                 drop(session);
+                self.metrics.lost.increment(1);
                 tracing::warn!(conductor = %self.id(), %error, "session lost");
                 node.events
                     .emit(Some(self.id()), || EventKind::SessionLost { error: error.clone() });
@@ -267,6 +275,7 @@ impl Link {
                 self.open_failed(node, &error, pause);
                 sleep(pause).await;
             }
+            self.metrics.reopened.increment(1);
         }
     }
 
@@ -310,11 +319,21 @@ impl Link {
         self.inbox.get_or_init(|| (reply_to, limits));
         tracing::info!(conductor = %self.id(), "session opened");
         node.events.emit(Some(self.id()), || EventKind::SessionOpened);
-        self.session.send_replace(Some(session));
+        drop(self.replace_session(Some(session)));
         Ok(())
     }
 
+    /// The only place where the session changes, so that the count of those that are open is right.
+    fn replace_session(&self, session: Option<SharedSession>) -> Option<SharedSession> {
+        let opened = u8::from(session.is_some());
+        let before = self.session.send_replace(session);
+        self.metrics.sessions.increment(opened);
+        self.metrics.sessions.decrement(u8::from(before.is_some()));
+        before
+    }
+
     fn open_failed(&self, node: &Node, error: &OpenError, retry_in: Duration) {
+        self.metrics.open_failed.increment(1);
         tracing::warn!(conductor = %self.id(), %error, "failed to open a session; next try in {retry_in:.1?}");
         node.events
             .emit(Some(self.id()), || EventKind::OpenFailed { error: error.to_string(), retry_in });
@@ -387,6 +406,7 @@ impl Link {
         batch: Vec<(Ticket, Outcome)>,
     ) -> Vec<Result<(), SettleError>> {
         let count = batch.len();
+        let _unconfirmed = self.unconfirmed(batch.iter().map(|(_, outcome)| emits(outcome)).sum());
         let unknown = |error: &SessionError| Err(SettleError::Unknown(error.clone()));
         match self.ask(session, session.settle(batch)).await {
             Ok(mut results) => {
@@ -411,11 +431,27 @@ impl Link {
         envelopes: &[Envelope],
         wanted: impl Fn(usize) -> bool,
     ) -> Vec<Result<(), SendError>> {
+        let mut unconfirmed = self.unconfirmed(envelopes.len());
         let open_now = self.session.borrow().clone();
-        let mut results = match open_now {
+        let results = match open_now {
             Some(session) => self.send_through(&session, envelopes).await,
             None => vec![Err(SendError::Unknown(String::new())); envelopes.len()],
         };
+        if !results.iter().any(is_open) {
+            return results;
+        }
+        // Boxed: it is seldom needed, and every send would have to have room for it.
+        Box::pin(self.send_again(envelopes, results, wanted, &mut unconfirmed)).await
+    }
+
+    /// Sends again what is open, until nothing is, or what is left is not wanted any more.
+    async fn send_again(
+        &self,
+        envelopes: &[Envelope],
+        mut results: Vec<Result<(), SendError>>,
+        wanted: impl Fn(usize) -> bool,
+        unconfirmed: &mut Level,
+    ) -> Vec<Result<(), SendError>> {
         let mut pauses = backoff();
         loop {
             let is_open = |&at: &usize| is_open(&results[at]) && wanted(at);
@@ -423,6 +459,7 @@ impl Link {
             if open.is_empty() {
                 return results;
             }
+            unconfirmed.set(open.len());
             // A session that leaves something unknown is about to end; one that declines may want a rest.
             sleep(next(&mut pauses)).await;
             let Some(session) = self.opened_session().await else {
@@ -436,6 +473,11 @@ impl Link {
                 results[at] = result;
             }
         }
+    }
+
+    /// Counts messages as not known to be safe, until it is dropped.
+    fn unconfirmed(&self, messages: usize) -> Level {
+        self.metrics.unconfirmed(messages)
     }
 
     /// Sends once. Waiting for room is right, however long it takes: the limit is the caller's.
@@ -507,6 +549,21 @@ fn is_open(result: &Result<(), SendError>) -> bool {
     matches!(result, Err(SendError::Unknown(_) | SendError::NotTaken(_)))
 }
 
+/// How many messages an outcome emits.
+fn emits(outcome: &Outcome) -> usize {
+    match outcome {
+        Outcome::Done { emit } => emit.len(),
+        Outcome::Take {} | Outcome::Release {} => 0,
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // Of a start that was given up, or whose supervisor failed.
+        drop(self.replace_session(None));
+    }
+}
+
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Link({:?})", self.conductor)
@@ -516,7 +573,7 @@ impl fmt::Debug for Link {
 /// How long a session must have lived for the next to be opened without a pause.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-fn next(pauses: &mut impl Iterator<Item = Duration>) -> Duration {
+pub(crate) fn next(pauses: &mut impl Iterator<Item = Duration>) -> Duration {
     pauses.next().expect("the backoff has no end")
 }
 

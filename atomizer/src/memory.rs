@@ -1,5 +1,6 @@
 //! The in-process conductor: queues in memory, shared by all that clone it.
 
+mod log;
 mod queues;
 mod session;
 
@@ -12,12 +13,13 @@ use std::{
 use async_trait::async_trait;
 
 use self::{
+    log::MemoryLog,
     queues::{Broker, QueueName},
     session::MemorySession,
 };
 use crate::{
-    Conductor, ConductorId, DeadLetter, Limits, Message, NodeId, OpenError, ReplyTo, Session,
-    SessionError, wire::Wire,
+    Conductor, ConductorId, DeadLetter, EventLog, Limits, Message, NodeId, OpenError, ReplyTo,
+    Session, SessionError, wire::Wire,
 };
 
 /// Carries electrons within one process: nothing to install, and nothing outlives the process.
@@ -29,6 +31,7 @@ pub struct Memory {
     id: ConductorId,
     broker: Arc<Broker>,
     limits: Limits,
+    events: Option<MemoryLog>,
 }
 
 impl Memory {
@@ -44,7 +47,18 @@ impl Memory {
             id: ConductorId::from_static("memory"),
             broker: Arc::default(),
             limits: Limits::new(Self::PAYLOAD_BYTES_MAX).delay_max(Duration::MAX),
+            events: None,
         }
+    }
+
+    /// Keeps the events of all nodes on these queues, for a [`Monitor`](crate::Monitor): the latest that are `bytes_max`
+    /// bytes together, and no older than `age_max`.
+    ///
+    /// Without it they are not kept: it costs each electron about as much as all else in memory does.
+    #[must_use]
+    pub fn keep_events(mut self, bytes_max: usize, age_max: Duration) -> Self {
+        self.events = Some(MemoryLog::new(bytes_max, age_max));
+        self
     }
 
     /// Sets the longest payload, in bytes.
@@ -107,5 +121,10 @@ impl Conductor for Memory {
         broker.sessions.retain(|session| session.strong_count() > 0);
         broker.sessions.push(Arc::downgrade(&session));
         Ok(session)
+    }
+
+    fn event_log(&self) -> Option<Arc<dyn EventLog>> {
+        let events = self.events.clone()?;
+        Some(Arc::new(events))
     }
 }

@@ -8,8 +8,8 @@ use std::sync::{
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
-    ConductorId, EventKind, NodeError, NodeId, Policy, Properties, admission::Admission,
-    ask::Pending, cancel::Cancelled, event::Events, home::Threads,
+    EventKind, NodeError, NodeId, Policy, Properties, admission::Admission, ask::Pending,
+    cancel::Cancelled, event::Events, home::Threads, link::Link,
 };
 
 #[derive(Debug)]
@@ -74,10 +74,11 @@ impl Node {
     }
 
     /// Hands an answer to who waits for it.
-    pub(crate) fn answer(&self, conductor: &ConductorId, answer: Arc<Properties>) {
+    pub(crate) fn answer(&self, link: &Link, answer: Arc<Properties>) {
         let electron = answer.electron;
         if !self.pending.resolve(answer) {
-            self.events.emit(Some(conductor), || EventKind::AnswerDropped { electron });
+            link.metrics.answers_dropped.increment(1);
+            self.events.emit(Some(link.id()), || EventKind::AnswerDropped { electron });
         }
     }
 

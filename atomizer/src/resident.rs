@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::{
     AtomId, Context, Electron, EventKind, FailureKind, Payload, Resident, Result, ask::Asker,
-    error::Failed, node::Stage, run::panic_message,
+    error::Failed, metrics, node::Stage, run::panic_message,
 };
 
 /// A resident as a node knows it. Generics stop here.
@@ -47,6 +47,7 @@ fn backoff() -> impl Iterator<Item = Duration> + Send {
 
 /// Runs until the resident is done, or the node drains.
 pub(crate) async fn run(asker: Asker, resident: Registered) {
+    let failures = metrics::resident_failures(&resident.id);
     let mut pauses = backoff();
     for attempt in 1.. {
         let events = &asker.node.events;
@@ -70,6 +71,7 @@ pub(crate) async fn run(asker: Asker, resident: Registered) {
         }
         let wait = pauses.next().expect("the backoff has no end");
         tracing::warn!(resident = %resident.id, %failure, "failed; starts again in {wait:.1?}");
+        failures.increment(1);
         events.emit(None, || EventKind::ResidentFailed { atom: atom(), attempt, failure, wait });
         tokio::select! {
             () = sleep(wait) => {}

@@ -146,10 +146,11 @@ impl<A: RawAtom> Start for Instances<A> {
         let id = report.run;
         let slot = Arc::clone(&context.slot);
         let watched = Arc::clone(&slot);
+        let job = Job { context, report };
         let running = async move {
             // In here: making an instance is the user's code.
-            let result = run(&self, context, &watched).await;
-            report.end(result);
+            let result = run(&self, &job.context, &watched).await;
+            job.end(result);
         };
         let task = if blocking {
             let (alive, dropped) = oneshot::channel();
@@ -169,13 +170,25 @@ impl<A: RawAtom> Start for Instances<A> {
     }
 }
 
-/// The context is dropped at the end, and with it the permit: before the result is reported.
-async fn run<A: RawAtom>(instances: &Instances<A>, context: Context, slot: &Slot) -> RunResult {
+/// What is dropped at the end of a run, in this order: whoever hears of the result has the electron for itself.
+struct Job {
+    context: Context,
+    report: Report,
+}
+
+impl Job {
+    fn end(self, result: RunResult) {
+        let Self { context, report } = self;
+        drop(context);
+        report.end(result);
+    }
+}
+
+async fn run<A: RawAtom>(instances: &Instances<A>, context: &Context, slot: &Slot) -> RunResult {
     let atom = match std::panic::catch_unwind(AssertUnwindSafe(|| instances.get())) {
         Ok(atom) => atom,
         Err(panic) => return Err(panicked(&*panic)),
     };
-    let (node, id) = (Arc::clone(&context.asker.node), context.electron().atom.clone());
     let running = AssertUnwindSafe(run_one(&*atom, context)).catch_unwind();
     let mut running = pin!(running);
     let result = poll_fn(|cx| {
@@ -187,10 +200,11 @@ async fn run<A: RawAtom>(instances: &Instances<A>, context: Context, slot: &Slot
     match result.await {
         Ok(result) => result,
         Err(panic) => {
+            let (node, id) = (&context.asker.node, &context.electron().atom);
             node.cancelled.end_round(node.cancelled.round());
             let renewed = AssertUnwindSafe(|| instances.renew(&atom));
             match std::panic::catch_unwind(renewed) {
-                Ok(true) => node.events.emit(None, || EventKind::Renewed { atom: id }),
+                Ok(true) => node.events.emit(None, || EventKind::Renewed { atom: id.clone() }),
                 Ok(false) => {}
                 Err(_) => tracing::error!(atom = %id, "panicked while it was made afresh"),
             }
@@ -199,8 +213,8 @@ async fn run<A: RawAtom>(instances: &Instances<A>, context: Context, slot: &Slot
     }
 }
 
-async fn run_one(atom: &impl RawAtom, context: Context) -> RunResult {
-    let output = atom.run(&context, &context.electron().payload).await.map_err(|error| {
+async fn run_one(atom: &impl RawAtom, context: &Context) -> RunResult {
+    let output = atom.run(context, &context.electron().payload).await.map_err(|error| {
         context.end_round();
         Failed::from(error)
     })?;

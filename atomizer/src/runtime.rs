@@ -16,11 +16,14 @@ use tokio::{
 
 use crate::{
     Atom, AtomId, Builder, Call, CallError, ConductorId, Electron, ElectronId, EventKind,
-    EventStream, Kind, NodeId, Payload, ReplyTo, Results, ResultsId, SendError,
+    EventStream, Health, Kind, NodeId, Payload, ReplyTo, Results, ResultsId, SendError,
     ask::Asker,
-    erased, inbox,
+    erased,
+    event::Gather,
+    inbox,
     link::{GaveUp, Link},
     node::{Node, Stage},
+    publish::{self, Keeping},
     resident,
     worker::{Registered, Worker},
 };
@@ -66,6 +69,17 @@ impl Atomizer {
         self.node.events.subscribe()
     }
 
+    /// Returns a view of how this node fares, for who watches it from outside.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        Health::new(
+            self.node.id.clone(),
+            self.node.stage.clone(),
+            self.ended.clone(),
+            Arc::downgrade(&self.links),
+        )
+    }
+
     /// Asks an atom, wherever it runs, and waits for its output.
     ///
     /// # Errors
@@ -102,7 +116,8 @@ impl Atomizer {
     /// Dropping the future leaves unknown whether the electron was sent.
     pub async fn send<A: Atom>(&self, input: A::Input) -> Result<ElectronId, CallError> {
         let payload = erased::encode(&input).map_err(CallError::Encode)?;
-        self.send_electron(Electron::new(AtomId::of::<A>(), payload)).await
+        let electron = Electron::new(AtomId::of::<A>(), payload);
+        self.asker().send_bounded(electron, Duration::ZERO).await
     }
 
     /// Sends an electron that nobody waits for, to be begun when `delay` is over and not before. When this
@@ -151,6 +166,21 @@ impl Atomizer {
     /// As [`send`](Self::send).
     pub async fn send_electron(&self, electron: Electron) -> Result<ElectronId, CallError> {
         self.asker().send_bounded(electron, Duration::ZERO).await
+    }
+
+    /// Sends an electron as it is, under its own id, to be begun when `delay` is over and not before.
+    ///
+    /// # Errors
+    /// As [`send_after`](Self::send_after).
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn send_electron_after(
+        &self,
+        delay: Duration,
+        electron: Electron,
+    ) -> Result<ElectronId, CallError> {
+        self.asker().send_bounded(electron, delay).await
     }
 
     /// Takes no more electrons, finishes what runs, gives back the rest, and closes.
@@ -228,6 +258,9 @@ pub(crate) struct Supervisor {
     residents: JoinSet<()>,
     inboxes: JoinSet<()>,
     links: JoinSet<Option<GaveUp>>,
+    /// What keeps the events, and says that the node is there.
+    tellers: JoinSet<()>,
+    gathers: Vec<Arc<Gather>>,
     drain_wanted: watch::Receiver<Option<Duration>>,
     drain_timeout: Duration,
     ended: watch::Sender<Option<Result<(), NodeError>>>,
@@ -241,6 +274,7 @@ impl Supervisor {
         stage: watch::Sender<Stage>,
         links: Vec<Arc<Link>>,
         atoms: &[Registered],
+        keepings: Vec<Keeping>,
         drain_timeout: Duration,
     ) -> (Atomizer, Self, impl Future<Output = ()> + Send + use<>) {
         let node = Arc::new(node);
@@ -254,6 +288,8 @@ impl Supervisor {
             residents: JoinSet::new(),
             inboxes: JoinSet::new(),
             links: JoinSet::new(),
+            tellers: JoinSet::new(),
+            gathers: Vec::new(),
             drain_wanted,
             drain_timeout,
             ended: ended_tx,
@@ -262,6 +298,7 @@ impl Supervisor {
         for link in &links {
             supervisor.add(link, atoms, &mut tried);
         }
+        supervisor.tell(atoms, keepings);
         let atomizer = Atomizer { node, links: links.into(), drain_timeout, drain, ended };
         // Each is told by being dropped.
         (atomizer, supervisor, async { drop(join_all(tried).await) })
@@ -272,6 +309,19 @@ impl Supervisor {
         for resident in residents {
             let asker = Asker { node: Arc::clone(&self.node), link: Arc::clone(&self.first) };
             self.residents.spawn(resident::run(asker, resident));
+        }
+    }
+
+    /// Brings the events to where they are kept.
+    fn tell(&mut self, atoms: &[Registered], keepings: Vec<Keeping>) {
+        if keepings.is_empty() {
+            return;
+        }
+        let atoms = atoms.iter().map(|atom| (atom.id.clone(), atom.lane)).collect();
+        self.tellers.spawn(publish::announce(Arc::clone(&self.node), atoms));
+        for keeping in keepings {
+            self.gathers.push(Arc::clone(&keeping.gather));
+            self.tellers.spawn(publish::run(Arc::clone(&self.node), keeping));
         }
     }
 
@@ -338,6 +388,12 @@ impl Supervisor {
             self.links.shutdown().await;
         }
         self.node.events.emit(None, || EventKind::Stopped);
+        for gather in &self.gathers {
+            gather.close();
+        }
+        if timeout(TELL_TIMEOUT, self.tellers.join_all_caught()).await.is_err() {
+            tracing::debug!("the last events were not kept within {TELL_TIMEOUT:?}");
+        }
         result
     }
 
@@ -539,7 +595,7 @@ mod tests {
             Arc::new(Link::new(ConductorId::from_static("memory"), Arc::new(Memory::new()), None));
         link.open_first(&node, None).await.unwrap();
         let (atomizer, mut supervisor, _) =
-            Supervisor::new(node, stage_tx, vec![link], &[], Duration::ZERO);
+            Supervisor::new(node, stage_tx, vec![link], &[], Vec::new(), Duration::ZERO);
         supervisor.workers.spawn(async { panic!("a defect") });
         let (report, ()) = tokio::join!(atomizer.run(), supervisor.run());
         let Err(NodeError::Supervisor(reason)) = report else { panic!("it fails: {report:?}") };

@@ -13,6 +13,7 @@ use crate::{
     ask::Asker,
     claim::{Claim, NotParked, park},
     clock,
+    metrics::OfAtom,
     run::Success,
     wire::{Wire, header, timestamp},
 };
@@ -199,6 +200,31 @@ impl Ending {
         }
     }
 
+    /// Counts what [`into_event`](Self::into_event) tells.
+    pub(crate) fn measure(&self, metrics: &OfAtom) {
+        let how = match &self.subject {
+            Subject::Unreadable { .. } => return metrics.unreadable.increment(1),
+            Subject::Electron { .. } if self.not_settled.is_some() => {
+                return metrics.not_settled.increment(1);
+            }
+            Subject::Electron { how, .. } => how,
+        };
+        if self.unclaimed.is_some() {
+            metrics.unclaimed.increment(1);
+        }
+        match how {
+            How::Done => metrics.completed.increment(1),
+            How::Failed { dead, .. } => {
+                if *dead { &metrics.dead } else { &metrics.failed }.increment(1);
+            }
+            How::Requeued { .. } => metrics.requeued.increment(1),
+            How::HandedOn { .. } => metrics.handed_on.increment(1),
+        }
+        if let How::Failed { failure, .. } | How::Requeued { failure, .. } = how {
+            metrics.failure(failure.kind);
+        }
+    }
+
     pub(crate) fn into_event(self, atom: AtomId) -> EventKind {
         let unclaimed = self.unclaimed;
         let (of, spent, how) = match self.subject {
@@ -248,6 +274,7 @@ impl Settler {
         // An output that cannot be answered is a failure. And an electron may be delivered twice, and which ticket is
         // good is not known: each brings the children, which have the same ids.
         let spawned = if too_large && electron.reply_to.is_some() { &[][..] } else { spawned };
+        self.asker.tell_all_sent(spawned);
         let mut emit = spawned.to_vec();
         let may_be_direct = emit.is_empty();
         emit.extend(self.answer(&electron, spent, Ok(output.clone()), may_be_direct));
@@ -293,7 +320,7 @@ impl Settler {
         {
             return Some(Envelope::new(Address::Reply(reply_to.clone()), properties.into()));
         }
-        node.answer(link.id(), properties.into());
+        node.answer(link, properties.into());
         None
     }
 

@@ -101,7 +101,7 @@ impl<'cx> Spawning<'cx> {
     /// Dropping the future leaves unknown whether the electron was sent.
     pub async fn now<A: Atom>(&self, input: A::Input) -> Result<ElectronId, CallError> {
         let child = self.child(AtomId::of::<A>(), encode(input)?)?;
-        self.cx.asker.send_bounded(child, self.delay).await
+        self.cx.asker.clone().send_bounded(child, self.delay).await
     }
 
     /// Sends an electron for each input at once, many at a time: whether this run succeeds or not. Inputs are taken
@@ -151,6 +151,7 @@ impl<'cx> Spawning<'cx> {
     }
 
     async fn send(&self, envelopes: &[Envelope]) -> Result<(), (usize, CallError)> {
+        self.cx.asker.tell_all_sent(envelopes);
         let sending = self.cx.asker.link.send(envelopes);
         let results = tokio::time::timeout(SEND_TIMEOUT, sending).await.unwrap_or_else(|_| {
             let reason = format!("no confirmation within {SEND_TIMEOUT:?}");

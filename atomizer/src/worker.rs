@@ -43,6 +43,7 @@ use crate::{
     inline::{Handed, Handing},
     intake::{Intake, Taken},
     life::{Fact, State},
+    metrics::OfAtom,
     node::Stage,
     run::{Reported, RunId, Start, What},
     settle::{Settled, Settler},
@@ -106,6 +107,7 @@ pub(crate) struct Worker {
     /// Tells when children are given up.
     cancels: watch::Receiver<u64>,
     draining: bool,
+    metrics: OfAtom,
 }
 
 /// How many runs are settled together at the most.
@@ -165,7 +167,9 @@ impl Worker {
         let (hand, handed) = mpsc::unbounded_channel();
         let next_tick = Instant::now() + TICK;
         let cancels = asker.node.cancelled.told();
+        let metrics = OfAtom::new(&atom.id, asker.link.id());
         Self {
+            metrics,
             asker,
             atom,
             settler,
@@ -215,6 +219,8 @@ impl Worker {
             let reached = stage
                 .wait_for(|now| *now >= next_stage)
                 .map(|now| now.map_or(Stage::Aborting, |now| *now));
+            self.metrics.in_flight.set(self.begun.len());
+            self.metrics.waiting.set(self.not_begun());
             match self.step(reached).await {
                 Step::Taken(Taken::Deliveries(deliveries)) => self.on_deliveries(deliveries),
                 Step::Taken(Taken::Lost) => self.on_lost(),
@@ -242,8 +248,7 @@ impl Worker {
     }
 
     async fn step(&mut self, reached: impl Future<Output = Stage>) -> Step {
-        let waiting = self.ready.len() + self.suspects.len() + self.avoiding.len();
-        let room = self.atom.window.get().saturating_sub(waiting);
+        let room = self.atom.window.get().saturating_sub(self.not_begun());
         let max = NonZeroUsize::new(room).filter(|_| !self.draining);
         let alarmed = self.set_alarm();
         tokio::select! {
@@ -258,6 +263,11 @@ impl Worker {
             step = turn(self.turn.as_mut()) => step,
             taken = take(&mut self.intake, max) => Step::Taken(taken),
         }
+    }
+
+    /// How many electrons are received and not begun.
+    fn not_begun(&self) -> usize {
+        self.ready.len() + self.suspects.len() + self.avoiding.len()
     }
 
     /// Sets the alarm to whatever comes first; false when there is nothing to look after.

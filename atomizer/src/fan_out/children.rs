@@ -277,6 +277,9 @@ where
             return;
         }
         let children = std::mem::take(&mut self.unsent);
+        for (_, child) in &children {
+            self.cx.asker.tell_sent(child);
+        }
         let link = &self.cx.asker.link;
         self.sending = Some(Box::pin(async move {
             let mut sent = Vec::with_capacity(children.len());

@@ -1,6 +1,9 @@
 //! What becomes of an electron that arrives: begun at once, as a suspect, elsewhere, or not at all.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tokio::time::{Instant, sleep};
 
@@ -24,7 +27,7 @@ impl Worker {
         let mut unfit = Vec::new();
         let now = Instant::now();
         let until = self.hold_until(now);
-        for Delivery { message, redeliveries, waited, ticket } in deliveries {
+        for Delivery { message, redeliveries, waited, sent_at, ticket } in deliveries {
             let electron = match message {
                 Message::Electron(electron) => electron,
                 other => {
@@ -33,6 +36,8 @@ impl Worker {
                 }
             };
             let (id, attempt) = (electron.id, electron.attempts.saturating_add(1));
+            self.metrics.received.increment(1);
+            self.metrics.bytes_in.record(electron.payload.body.len() as f64);
             self.emit(|atom| EventKind::Received { electron: id, atom, attempt, redeliveries });
             let claim = Claim::Delivered { ticket, until };
             // Counted from here, and not beyond what the clock can tell.
@@ -46,10 +51,12 @@ impl Worker {
                 let begun = self.begun.get(&id);
                 if begun.is_some_and(|begun| begun.held().is_asked_by(&electron)) {
                     self.adopt(electron, claim, deadline);
+                    self.metrics.adopted.increment(1);
                     self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
                     continue;
                 }
                 if let Some(output) = self.ended.output(&electron) {
+                    self.metrics.adopted.increment(1);
                     self.emit(|atom| EventKind::Adopted { electron: id, atom, attempt });
                     let spent = Spent { at: clock::now(), took: Duration::ZERO };
                     let success = Success { output, spawned: Vec::new() };
@@ -60,7 +67,9 @@ impl Worker {
             let (ticket, adopted) = (Some(claim), Vec::new());
             let state = State::Gone;
             let inline = false;
-            let held = Held { electron, state, ticket, inline, adopted, deadline, alone: None };
+            let sent = now.checked_sub(sent_at.map_or(waited, |at| waited_since(at).max(waited)));
+            let held =
+                Held { electron, state, ticket, inline, adopted, deadline, sent, alone: None };
             self.arrive(held, redeliveries, now, &mut unfit);
         }
         self.settle(unfit);
@@ -186,11 +195,21 @@ impl Worker {
             let electron = &held.electron;
             let (id, lives) = (electron.id, electron.lives);
             let attempt = electron.attempts.saturating_add(1);
+            self.metrics.suspected.increment(1);
             self.emit(|atom| EventKind::Suspected { electron: id, atom, attempt, lives });
             self.start(held, permit, Began::now());
         }
         self.next_suspect();
     }
+}
+
+/// How long ago something was that is known to the second. What may have been within the last one is taken for now.
+fn waited_since(at: SystemTime) -> Duration {
+    const HALF: Duration = Duration::from_millis(500);
+    const UNSURE: Duration = Duration::from_secs(2);
+    // An error says that the sender's clock is ahead.
+    let waited = clock::now().duration_since(at).unwrap_or_default();
+    if waited < UNSURE { Duration::ZERO } else { waited - HALF }
 }
 
 /// Waits for a suspect's turn, and writes into the electron that it is begun under suspicion once more: the
@@ -230,5 +249,22 @@ async fn write_life(asker: Asker, mut held: Held) -> Option<Held> {
             drop(error);
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is known to the second is told apart from no time at all once it is certain.
+    #[test]
+    fn a_wait_is_known_within_a_second_or_taken_for_none() {
+        let ago = |millis| waited_since(clock::now() - Duration::from_millis(millis)).as_millis();
+        assert_eq!(ago(0), 0);
+        assert_eq!(ago(1_500), 0, "it may have been sent within the last second");
+        assert!((1_500..2_500).contains(&ago(2_001)));
+        assert!((3_599_500..3_600_500).contains(&ago(3_600_000)));
+        let ahead = clock::now() + Duration::from_secs(60);
+        assert_eq!(waited_since(ahead), Duration::ZERO, "the sender's clock is ahead");
     }
 }

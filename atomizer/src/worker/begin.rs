@@ -209,6 +209,7 @@ impl Worker {
     pub(super) fn let_go(&self, held: &Held, reason: String) {
         let (electron, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
         tracing::warn!(atom = %self.atom.id, %electron, %reason, "not settled here");
+        self.metrics.not_settled.increment(1);
         self.emit(|atom| EventKind::NotSettled { electron, atom, attempt, reason });
     }
 
@@ -235,6 +236,10 @@ impl Worker {
             self.next_tick = began.instant + TICK;
         }
         let (id, attempt) = (held.electron.id, held.electron.attempts.saturating_add(1));
+        self.metrics.attempts.increment(1);
+        if let Some(sent) = held.sent.take() {
+            self.metrics.queue_wait.record(began.instant.saturating_duration_since(sent));
+        }
         self.emit(|atom| EventKind::Started { electron: id, atom, attempt });
         let run = RunId(self.next_run);
         self.next_run += 1;

@@ -33,6 +33,8 @@ pub(super) struct Held {
     pub(super) adopted: Vec<(Arc<Electron>, Claim)>,
     /// When nobody wants it any more.
     pub(super) deadline: Option<Instant>,
+    /// When it was sent, or received as far as is known here; none once it has begun.
+    pub(super) sent: Option<Instant>,
     /// Its turn as a suspect.
     pub(super) alone: Option<OwnedSemaphorePermit>,
 }

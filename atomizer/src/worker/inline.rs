@@ -30,8 +30,8 @@ impl Worker {
         let began = Began::now();
         let deadline = electron.deadline.and_then(|left| began.instant.checked_add(left));
         let (state, adopted) = (State::Ready, Vec::new());
-        let held =
-            Held { electron, state, ticket: None, inline: true, adopted, deadline, alone: None };
+        let (ticket, inline, sent, alone) = (None, true, None, None);
+        let held = Held { electron, state, ticket, inline, adopted, deadline, sent, alone };
         match self.unexpired(held, began) {
             Some(held) => self.run_in(slot, held, Some(over), began),
             None => Running::tell_over(Some(over)),
@@ -47,6 +47,8 @@ impl Worker {
         let run = run.id;
         if let Some(running) = self.take_running(electron, run) {
             let (held, began) = (running.held, Began::now());
+            let took = running.began.spent(began.instant).took;
+            self.metrics.failed_after.record(took);
             self.let_go(&held, "its parent gave it up".to_owned());
             self.stop(&held, running.run, began.instant);
         }

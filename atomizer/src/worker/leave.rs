@@ -79,6 +79,8 @@ impl Worker {
                 held.on(Fact::Succeeded);
                 self.remember(&held.electron, &success);
                 let spent = began.spent(Instant::now());
+                self.metrics.succeeded_after.record(spent.took);
+                self.metrics.bytes_out.record(success.output.body.len() as f64);
                 for (electron, ticket) in held.deliveries() {
                     batch.push(self.settler.done(ticket, electron, spent, &success));
                 }
@@ -114,6 +116,7 @@ impl Worker {
     ) {
         let Failed { failure, then } = failed;
         let now = Instant::now();
+        self.metrics.failed_after.record(began.spent(now).took);
         let electron = &held.electron;
         let failure = self.stamp(failure, electron);
         let attempt = Attempt {
@@ -181,6 +184,8 @@ impl Worker {
         let id = held.electron.id;
         let (attempt, why) = (failure.attempt, failure.clone());
         tracing::warn!(atom = %self.atom.id, electron = %id, %failure, ?wait, "failed, and is tried again");
+        self.metrics.retries.increment(1);
+        self.metrics.failure(failure.kind);
         self.emit(|atom| EventKind::Retried { electron: id, atom, attempt, failure: why, wait });
         let mut electron = Electron::clone(&held.electron);
         electron.attempts = attempt;
@@ -252,6 +257,7 @@ impl Worker {
             match self.settler.decide(ending, result) {
                 Verdict::Ended(ending) => {
                     ending.log(&self.atom.id);
+                    ending.measure(&self.metrics);
                     self.emit(|atom| ending.into_event(atom));
                 }
                 Verdict::Again { settlement, after } => {

@@ -98,6 +98,7 @@ impl Worker {
         self.out += held.out();
         if !was_parked && held.ticket.as_ref().is_some_and(Claim::is_parked) {
             let attempt = held.electron.attempts.saturating_add(1);
+            self.metrics.parked.increment(1);
             self.emit(|atom| EventKind::Parked { electron: id, atom, attempt });
         }
     }

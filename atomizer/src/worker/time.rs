@@ -126,6 +126,7 @@ impl Worker {
         }
         for (electron, attempt) in blocking {
             tracing::warn!(atom = %self.atom.id, %electron, "blocks its thread; is `Options::blocking` missing?");
+            self.metrics.blocking.increment(1);
             self.emit(|atom| EventKind::Blocking { electron, atom, attempt });
         }
         self.tell_of_overdue(now);
@@ -152,6 +153,7 @@ impl Worker {
         }
         for (electron, attempt, overdue) in stuck {
             tracing::warn!(atom = %self.atom.id, %electron, "does not stop after its time limit");
+            self.metrics.stuck.increment(1);
             self.emit(|atom| EventKind::Stuck { electron, atom, attempt, overdue });
         }
     }

@@ -365,3 +365,39 @@ async fn a_child_that_runs_already_is_not_begun_inline() {
     assert_eq!(call.await.unwrap().unwrap(), 1);
     assert_eq!(gated.running_most.load(Ordering::SeqCst), 1);
 }
+
+/// What a call holds goes with it when its time is over, before its parent queues for a permit: or the parent waits for
+/// the one that its child has given back to it.
+#[tokio::test]
+async fn a_call_that_is_over_keeps_nothing_of_the_child_that_runs_inline() {
+    const WANTED_FOR: Duration = Duration::from_secs(1);
+    struct Hasty(Gated);
+    impl Atom for Hasty {
+        const ID: &'static str = "hasty";
+        type Input = ();
+        type Output = ();
+        async fn process(&self, cx: &Context, (): ()) -> Result<()> {
+            let call = cx.call::<Gated>(1).deadline(WANTED_FOR).into_future();
+            // The child ends in the same moment in which nobody wants it any more: the call is polled first.
+            let end = async {
+                tokio::time::sleep(WANTED_FOR).await;
+                self.0.open(1);
+            };
+            let (called, ()) = futures::future::join(call, end).await;
+            assert!(matches!(called, Err(CallError::Deadline { .. })));
+            Ok(())
+        }
+    }
+    let gated = Gated::new(Options::default());
+    let builder = one_slot(0).atom(Hasty(gated.clone())).atom(gated);
+    let (atomizer, mut events) = watched(builder).await;
+    let call = tokio::task::spawn(atomizer.call::<Hasty>(()).into_future());
+    let EventKind::Started { electron, .. } = until(&mut events, started_gated).await.kind else {
+        unreachable!("it fits")
+    };
+    // Adopted, it is wanted for longer than its parent wants it.
+    atomizer.send_electron(copy_of(electron)).await.unwrap();
+    until(&mut events, adopted).await;
+    let ended = tokio::time::timeout(Duration::from_secs(20), call).await;
+    ended.expect("its parent ends").unwrap().unwrap();
+}

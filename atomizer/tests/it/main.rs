@@ -20,6 +20,7 @@ mod inline;
 mod instances;
 mod kinds;
 mod limits;
+mod monitor;
 mod once;
 mod policies;
 mod raw;

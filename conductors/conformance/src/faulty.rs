@@ -8,7 +8,7 @@ mod session;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use atomizer::{Conductor, ConductorId, NodeId, OpenError, Session, SessionError};
+use atomizer::{Conductor, ConductorId, EventLog, NodeId, OpenError, Session, SessionError};
 
 use self::session::FaultySession;
 pub use self::{
@@ -106,6 +106,10 @@ impl Conductor for Faulty {
             session.life().end(&lost());
         }
         Ok(Arc::new(session))
+    }
+
+    fn event_log(&self) -> Option<Arc<dyn EventLog>> {
+        self.inner.event_log()
     }
 }
 

@@ -29,6 +29,7 @@
 //! show what a node, or an atom on it, makes of that.
 
 pub mod contract;
+pub mod event_log;
 mod faulty;
 mod node;
 

@@ -1,10 +1,17 @@
 //! The in-memory conductor keeps the contract.
 
-use atomizer::{Conductor, Memory};
-use atomizer_conformance::{World, conformance_tests};
+use std::time::Duration;
 
-#[derive(Default)]
+use atomizer::{Conductor, Memory};
+use atomizer_conformance::{World, conformance_tests, event_log_tests};
+
 struct InMemory(Memory);
+
+impl Default for InMemory {
+    fn default() -> Self {
+        Self(Memory::new().keep_events(1024 * 1024, Duration::from_secs(3600)))
+    }
+}
 
 #[async_trait::async_trait]
 impl World for InMemory {
@@ -18,3 +25,4 @@ impl World for InMemory {
 }
 
 conformance_tests!(async { InMemory::default() });
+event_log_tests!(async { InMemory::default() });
