@@ -67,6 +67,12 @@ impl Addresses {
         Ok(Self { all: all.into(), next, slow: Arc::default() })
     }
 
+    /// The same addresses, for connections that are to have no say in where others begin.
+    pub(crate) fn apart(&self) -> Self {
+        let next = Arc::new(AtomicUsize::new(self.next.load(Ordering::Relaxed)));
+        Self { all: Arc::clone(&self.all), next, slow: Arc::default() }
+    }
+
     /// Tries each address once, beginning after the one that was tried last, until one is of use.
     pub(crate) async fn try_each<T, F: Future<Output = Result<T, OpenError>>>(
         &self,
@@ -87,6 +93,10 @@ impl Addresses {
             }
         }
         Err(self.none_answered(errors, begun.elapsed()))
+    }
+
+    pub(crate) fn all(&self) -> &[Address] {
+        &self.all
     }
 
     fn round(&self) -> impl Iterator<Item = &Address> {

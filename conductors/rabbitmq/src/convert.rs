@@ -1,6 +1,10 @@
 //! Between Atomizer's wire form and AMQP properties and headers.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 
 use atomizer::{
     Extra, NodeId, SendError,
@@ -103,6 +107,12 @@ fn short(text: String) -> Result<ShortString, SendError> {
 pub(crate) struct Arrived<'a>(pub(crate) &'a BasicProperties);
 
 impl Arrived<'_> {
+    /// When it was sent (AMQP 0-9-1, basic class: POSIX time, to the second).
+    pub(crate) fn sent_at(&self) -> Option<SystemTime> {
+        let seconds = self.0.timestamp().as_ref()?;
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(*seconds))
+    }
+
     fn table(&self, name: &str) -> Option<&AMQPValue> {
         self.0.headers().as_ref()?.inner().get(name)
     }

@@ -13,24 +13,22 @@ mod walk;
 use std::{
     fmt,
     num::{NonZeroU32, NonZeroUsize},
-    sync::Arc,
     time::Duration,
 };
 
 use atomizer::{
     AtomId, CauseKey, Census, DeadLetter, LetterId, Limits, NodeId, OpenError, Payload,
-    SessionError,
 };
 use lapin::{Channel, options::QueueDeclareOptions, protocol::AMQPSoftError, types::FieldTable};
-use tokio::task::JoinSet;
 
 pub use clearing::Clearing;
 pub use listing::Listing;
 
 use crate::{
-    connect::{Address, Addresses, Connected, Patience, plain},
+    connect::{Addresses, plain},
     declare::{on_own_channel, refusal},
-    life::{Life, REQUEST_TIMEOUT, close, watch_over},
+    life::REQUEST_TIMEOUT,
+    opened::Opened,
     topology::Topology,
 };
 
@@ -144,39 +142,14 @@ impl DeadLetters {
 
     /// Opens a connection.
     async fn open(&self, role: &str) -> Result<Opened, DeadLettersError> {
-        let connect = |address: Address, patience: Patience| async move {
-            address.connect(&self.operator, role, patience.connect).await
-        };
-        let connected = self.addresses.try_each(connect).await.map_err(DeadLettersError::Open)?;
-        let Connected { connection, events, .. } = connected;
-        let (connection, life) = (Arc::new(connection), Life::new());
-        let mut watching = JoinSet::new();
-        watching.spawn(watch_over(Arc::clone(&connection), events, life.clone()));
-        Ok(Opened { connection, life, _watching: watching })
+        let opened = Opened::open(&self.addresses, &self.operator, role).await;
+        opened.map_err(DeadLettersError::Open)
     }
 }
 
 impl fmt::Debug for DeadLetters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "DeadLetters({} of {})", self.topology.dead_queue(), self.addresses)
-    }
-}
-
-/// A connection, and the task that watches over it.
-struct Opened {
-    connection: Arc<lapin::Connection>,
-    life: Life,
-    _watching: JoinSet<()>,
-}
-
-impl Opened {
-    async fn channel(&self) -> Result<Channel, SessionError> {
-        self.life.bound(REQUEST_TIMEOUT, self.connection.create_channel()).await
-    }
-
-    async fn close(self) {
-        self.life.end_with(SessionError::Closed);
-        close(&self.connection).await;
     }
 }
 

@@ -4,10 +4,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use atomizer::SendError;
 use lapin::{
-    Channel, Connection, ErrorKind, ExchangeKind,
-    options::{ExchangeDeclareOptions, QueueDeclareOptions},
+    Channel, Connection, ErrorKind,
     protocol::{AMQPErrorKind, AMQPSoftError},
-    types::{AMQPValue, FieldTable, ShortString},
+    types::{AMQPValue, ShortString},
 };
 
 use crate::{
@@ -59,25 +58,6 @@ impl Declarer {
     }
 }
 
-/// Looks for exchanges and queues; the error names the first that is missing.
-pub(crate) async fn look(
-    channel: &Channel,
-    exchanges: &[&str],
-    queues: &[&str],
-) -> lapin::Result<()> {
-    let none = FieldTable::default;
-    for exchange in exchanges {
-        let options = ExchangeDeclareOptions { passive: true, ..Default::default() };
-        let kind = ExchangeKind::Direct;
-        channel.exchange_declare((*exchange).into(), kind, options, none()).await?;
-    }
-    for queue in queues {
-        let options = QueueDeclareOptions { passive: true, ..Default::default() };
-        channel.queue_declare((*queue).into(), options, none()).await?;
-    }
-    Ok(())
-}
-
 /// Declares a queue. One that is there with other arguments is used as it is when that is safe, and reported.
 ///
 /// A broker names one argument at a time, and what makes a queue unsafe comes late: so it is asked again, with
@@ -85,26 +65,45 @@ pub(crate) async fn look(
 pub(crate) async fn declare_queue(
     connection: &Connection,
     name: &str,
-    mut arguments: BTreeMap<ShortString, AMQPValue>,
+    arguments: BTreeMap<ShortString, AMQPValue>,
 ) -> lapin::Result<()> {
+    for reason in differences(connection, name, arguments).await? {
+        tracing::warn!(name, reason, "a queue is used that is not as it should be");
+    }
+    Ok(())
+}
+
+/// Declares a queue, and returns how one that is there differs, as long as nothing is lost by it.
+pub(crate) async fn differences(
+    connection: &Connection,
+    name: &str,
+    mut arguments: BTreeMap<ShortString, AMQPValue>,
+) -> lapin::Result<Vec<String>> {
+    let mut differences = Vec::new();
     for _ in 0..DRIFTS_MAX {
         let wanted = arguments.clone();
         let ask = async |channel: &Channel| topology::declare(channel, name, wanted).await;
-        let Err(error) = on_own_channel(connection, ask).await else { return Ok(()) };
+        let Err(error) = on_own_channel(connection, ask).await else { break };
         let reason = plain(&error);
         let drift = match refusal(&error) {
             Some(AMQPSoftError::PRECONDITIONFAILED) => Drift::read(&reason),
             _ => None,
         };
         let Some(drift) = drift.filter(Drift::is_safe) else { return Err(error) };
-        tracing::warn!(name, reason, "a queue is used that is not as it should be");
-        match drift.current {
-            Some(Current::None) => drop(arguments.remove(drift.argument)),
-            Some(Current::Value(value)) => drop(arguments.insert(drift.argument.into(), value)),
-            None => return Ok(()),
+        let understood = match drift.current {
+            Some(Current::None) => arguments.remove(drift.argument).is_some(),
+            Some(Current::Value(value)) => {
+                arguments.insert(drift.argument.into(), value);
+                true
+            }
+            None => false,
+        };
+        differences.push(reason);
+        if !understood {
+            break;
         }
     }
-    Ok(())
+    Ok(differences)
 }
 
 /// More than there are arguments.

@@ -25,18 +25,12 @@
 use std::{ops::RangeInclusive, time::Duration};
 
 use atomizer::{AtomId, SendError};
-use lapin::{
-    Channel, ExchangeKind,
-    options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions},
-    types::{AMQPValue, FieldTable},
-};
 use tokio::sync::OnceCell;
 
 use crate::{
-    declare::{Declarer, look},
-    topology::{
-        DEAD_KEY, Route, Topology, TopologyMode, atom_key, dead_lettering, declare, milliseconds,
-    },
+    declare::Declarer,
+    plan::{Kind, Object},
+    topology::{Route, Topology, atom_key, dead_lettering, milliseconds},
 };
 
 /// The longest delay.
@@ -75,38 +69,38 @@ impl Topology {
         Route { exchange: self.rung(wait.ilog2()).into(), key: key.into() }
     }
 
-    /// Declares where what was delayed comes out.
-    pub(crate) async fn declare_due(&self, channel: &Channel) -> lapin::Result<()> {
-        exchange(channel, &self.lost(), ExchangeKind::Fanout, FieldTable::default()).await?;
-        bind_queue(channel, &self.name(DEAD_KEY), &self.lost(), "").await?;
-        let mut otherwise = FieldTable::default();
-        otherwise.insert("alternate-exchange".into(), AMQPValue::LongString(self.lost().into()));
-        exchange(channel, &self.due(), ExchangeKind::Topic, otherwise).await
+    /// Where what was delayed comes out.
+    pub(crate) fn where_delays_end(&self) -> [Object; 3] {
+        [
+            Object::exchange(&self.lost(), Kind::Fanout),
+            Object::binding(&self.lost(), &self.dead_queue(), ""),
+            Object::exchange_or_else(&self.due(), Kind::Topic, &self.lost()),
+        ]
     }
 
     /// Leads what is due for an atom to its queue.
-    pub(crate) async fn bind_due(&self, channel: &Channel, atom: &AtomId) -> lapin::Result<()> {
+    pub(crate) fn when_due(&self, atom: &AtomId) -> Object {
         let key = "*.".repeat(RUNGS.count()) + &atom_key(atom);
-        bind_queue(channel, &self.atom_queue(atom), &self.due(), &key).await
+        Object::binding(&self.due(), &self.atom_queue(atom), &key)
     }
 
-    /// Makes sure of one rung, above those that are there.
-    async fn declare_rung(&self, channel: &Channel, bit: u32) -> lapin::Result<()> {
+    /// The whole ladder, from the bottom: whatever is on it has somewhere to go.
+    pub(crate) fn ladder(&self) -> impl Iterator<Item = Vec<Object>> {
+        RUNGS.map(|bit| self.of_rung(bit))
+    }
+
+    /// One rung, above those that are there.
+    fn of_rung(&self, bit: u32) -> Vec<Object> {
         let (rung, below) = (self.rung(bit), self.below(bit));
-        match self.mode {
-            TopologyMode::Declare => {}
-            TopologyMode::Passive => return look(channel, &[&rung], &[&rung]).await,
-            TopologyMode::None => return Ok(()),
-        }
         let mut waiting = dead_lettering(&below, None);
         waiting.insert("x-message-ttl".into(), milliseconds(Duration::from_millis(1 << bit)));
-        declare(channel, &rung, waiting).await?;
-        exchange(channel, &rung, ExchangeKind::Topic, FieldTable::default()).await?;
         let position = "*.".repeat((RUNGS.end() - bit) as usize);
-        bind_queue(channel, &rung, &rung, &format!("{position}1.#")).await?;
-        let (none, options) = (FieldTable::default(), ExchangeBindOptions::default());
-        let pass = format!("{position}0.#");
-        channel.exchange_bind(below.into(), rung.into(), pass.into(), options, none).await
+        vec![
+            Object::exact_queue(&rung, waiting),
+            Object::exchange(&rung, Kind::Topic),
+            Object::binding(&rung, &rung, &format!("{position}1.#")),
+            Object::passage(&rung, &below, &format!("{position}0.#")),
+        ]
     }
 }
 
@@ -130,40 +124,14 @@ impl Ladder {
     /// dropped.
     pub(crate) async fn make(&self) -> Result<(), SendError> {
         let making = async || {
-            // From the bottom: whatever is on the ladder has somewhere to go.
-            for bit in RUNGS {
-                let declare =
-                    async |channel: &Channel| self.topology.declare_rung(channel, bit).await;
-                self.declarer.declare(declare).await?;
+            for rung in self.topology.ladder() {
+                let making = self.topology.make_sure(&self.declarer.connection, &rung);
+                self.declarer.make(making).await?;
             }
             Ok(())
         };
         self.made.get_or_try_init(making).await.copied()
     }
-}
-
-/// Declares an exchange.
-pub(crate) async fn exchange(
-    channel: &Channel,
-    name: &str,
-    kind: ExchangeKind,
-    arguments: FieldTable,
-) -> lapin::Result<()> {
-    let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
-    channel.exchange_declare(name.into(), kind, options, arguments).await
-}
-
-/// Leads what an exchange takes under a key to a queue.
-pub(crate) async fn bind_queue(
-    channel: &Channel,
-    queue: &str,
-    exchange: &str,
-    key: &str,
-) -> lapin::Result<()> {
-    let options = QueueBindOptions::default();
-    channel
-        .queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default())
-        .await
 }
 
 #[cfg(test)]

@@ -514,7 +514,7 @@ impl LaneSubscription {
         let redeliveries = redeliveries(&delivery.properties, delivery.redelivered);
         let parts = Arrived(&delivery.properties);
         let message = Message::read(&parts, delivery.data.into(), self.atom.as_ref());
-        Delivery::new(message, redeliveries, ticket)
+        Delivery::new(message, redeliveries, ticket).sent_at(parts.sent_at())
     }
 }
 

@@ -25,9 +25,10 @@
 //! - `<namespace>.dead`, the dead letters;
 //! - `<namespace>.inbox.<node id>`, where a node is answered; it expires 30 min after the node;
 //! - `<namespace>.lease.<node id>.<session>`, what one session has parked; given back within 5 s of its end;
+//! - `<namespace>.events`, an exchange and a stream: what happens on all nodes, for 7 days or 1 GiB;
 //! - `<namespace>.delay.5` to `.31`, `.due` and `.lost`, where delays are waited out.
 //!
-//! All queues are quorum queues. `docs/topology.md` has every object with its arguments and their reasons, and the least
+//! All other queues are quorum queues. `docs/topology.md` has every object with its arguments and their reasons, and the least
 //! permissions of who sends, who works and who operates. [`RabbitMq::topology`] says who makes them.
 //!
 //! What is parked is published there again before the broker loses its patience with what is held
@@ -44,15 +45,20 @@
 
 mod acks;
 mod aside;
+mod clock;
 mod connect;
 mod convert;
 mod dead;
 mod declare;
 mod delay;
+mod events;
 mod inbox;
 mod lane;
 mod lease;
 mod life;
+mod opened;
+mod operate;
+mod plan;
 mod publisher;
 mod returns;
 mod server;
@@ -70,14 +76,20 @@ mod watchdog;
 use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use atomizer::{Conductor, ConductorId, InvalidId, Limits, NodeId, OpenError, Session};
+use atomizer::{
+    AtomId, Conductor, ConductorId, EventLog, InvalidId, Limits, NodeId, OpenError, ResultsId,
+    Session,
+};
 
 pub use dead::{Clearing, DeadLetters, DeadLettersError, Listing, Progress, Requeue, Selection};
+pub use operate::{Counted, Found, Operator, OperatorError, Probe, Reached};
+pub use plan::{Argument, Arguments, Destination, Kind as ExchangeKind, Object, Plan};
 pub use topology::TopologyMode;
 pub use url::UrlError;
 
 use aside::Suspects;
 use connect::{Address, Addresses};
+use events::{RabbitLog, Retention};
 use inbox::Inboxes;
 use publisher::Moves;
 use session::{Options, RabbitSession};
@@ -138,10 +150,25 @@ impl RabbitMq {
     /// # Errors
     /// [`InvalidId`] unless it is 1 to 64 of the characters `A-Z a-z 0-9 . _ : -`.
     pub fn namespace(mut self, namespace: &str) -> Result<Self, InvalidId> {
-        let mode = self.topology.mode;
-        self.topology = Topology::try_new(namespace)?;
-        self.topology.mode = mode;
+        self.topology = self.topology.renamed(namespace)?;
         Ok(self)
+    }
+
+    /// Sets how many bytes of events are kept, and for how long; 1 GiB and 7 days unless told otherwise, whichever comes
+    /// first. The broker lets go of a sixteenth at a time.
+    ///
+    /// It holds for who makes the stream: one that is there stays as it is.
+    #[must_use]
+    pub fn events_kept(mut self, bytes_max: u64, age_max: Duration) -> Self {
+        self.topology.events = Some(Retention { bytes_max, age_max });
+        self
+    }
+
+    /// Keeps no events: nodes with this conductor tell theirs to nobody outside of their process.
+    #[must_use]
+    pub fn without_events(mut self) -> Self {
+        self.topology.events = None;
+        self
     }
 
     /// Sets who makes the exchanges and queues; whoever needs them by default.
@@ -173,6 +200,18 @@ impl RabbitMq {
     #[must_use]
     pub fn dead_letters(&self) -> DeadLetters {
         DeadLetters::new(&self.addresses, &self.topology, self.options.limits)
+    }
+
+    /// Returns what looks at the broker, and makes what the namespace needs there.
+    #[must_use]
+    pub fn operator(&self) -> Operator {
+        Operator::new(&self.addresses, &self.topology)
+    }
+
+    /// Returns all that the namespace needs on its broker for these atoms and result addresses: the same that nodes
+    /// make.
+    pub fn topology_plan(&self, atoms: &[AtomId], results: &[ResultsId]) -> Plan {
+        Plan::new(&self.topology, atoms, results)
     }
 
     /// Sets how long a delivery may be held before it is parked, renewed or given back; [`RabbitMq::HOLD_MAX`] unless
@@ -214,5 +253,11 @@ impl Conductor for RabbitMq {
             RabbitSession::open(&address, topology, options, node, patience).await
         };
         Ok(Arc::new(addresses.try_each(open).await?))
+    }
+
+    fn event_log(&self) -> Option<Arc<dyn EventLog>> {
+        self.topology.events?;
+        let (addresses, topology) = (self.addresses.apart(), self.topology.clone());
+        Some(Arc::new(RabbitLog { addresses, topology }))
     }
 }

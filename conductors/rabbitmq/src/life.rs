@@ -11,7 +11,7 @@ use std::{
 use atomizer::SessionError;
 use futures::{StreamExt, stream::BoxStream};
 use lapin::{Connection, Event};
-use tokio::{sync::watch, time::timeout};
+use tokio::{runtime::Handle, sync::watch, time::timeout};
 
 use crate::connect::plain;
 
@@ -117,6 +117,31 @@ pub(crate) async fn watch_over(
             if !matches!(error, SessionError::Closed) {
                 close(&connection).await;
             }
+        }
+    }
+}
+
+/// Closes a connection when it is dropped.
+///
+/// The client closes one that nobody holds any more; but a consumer that it is about to make holds it. Such a consumer
+/// would be brought messages for ever that nobody takes.
+pub(crate) struct CloseWhenDropped {
+    connection: Arc<Connection>,
+    runtime: Handle,
+}
+
+impl CloseWhenDropped {
+    pub(crate) fn new(connection: &Arc<Connection>) -> Self {
+        Self { connection: Arc::clone(connection), runtime: Handle::current() }
+    }
+}
+
+impl Drop for CloseWhenDropped {
+    fn drop(&mut self) {
+        if self.connection.status().connected() {
+            let connection = Arc::clone(&self.connection);
+            // Not among the tasks of who held it: those end with it.
+            self.runtime.spawn(async move { close(&connection).await });
         }
     }
 }

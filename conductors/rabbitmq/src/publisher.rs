@@ -8,8 +8,8 @@ use std::{
 };
 
 use atomizer::{
-    Address, Envelope, Limits, Message, SendError,
-    wire::{METADATA_BYTES_MAX, Wire, header},
+    Address, ContentType, Envelope, Limits, Message, SendError,
+    wire::{ELECTRON, METADATA_BYTES_MAX, Wire, header},
 };
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -26,6 +26,7 @@ use tokio::{
 
 use crate::{
     aside::{Aside, Destination, Found},
+    clock,
     connect::plain,
     convert,
     declare::refusal,
@@ -36,6 +37,8 @@ use crate::{
     topology::{Route, Topology},
 };
 
+/// Without `mandatory`, what cannot be routed is confirmed and gone.
+const MANDATORY: BasicPublishOptions = BasicPublishOptions { mandatory: true, immediate: false };
 /// From how many unconfirmed messages on no further batch is taken.
 const UNCONFIRMED_MAX: usize = 1024;
 /// How long a confirm may take before the session is given up, unless the broker says that it is blocked.
@@ -170,7 +173,8 @@ impl Publisher {
     pub(crate) async fn publish(&self, envelopes: &[Envelope], via: &Via) -> Results {
         let mut batch = Vec::with_capacity(envelopes.len());
         for envelope in envelopes {
-            batch.push(self.prepare(envelope, via).await);
+            let route = self.route(envelope).await;
+            batch.push(route.and_then(|route| self.prepare(envelope, route, via)));
         }
         let (done, results) = oneshot::channel();
         let lost =
@@ -181,8 +185,12 @@ impl Publisher {
         results.await.unwrap_or_else(|_| lost())
     }
 
-    async fn prepare(&self, envelope: &Envelope, via: &Via) -> Result<Publication, SendError> {
-        let mut route = self.route(envelope).await?;
+    fn prepare(
+        &self,
+        envelope: &Envelope,
+        mut route: Route,
+        via: &Via,
+    ) -> Result<Publication, SendError> {
         let mut wire = Wire::from(Message::clone(&envelope.message));
         let body = std::mem::take(&mut wire.body);
         if let Address::DeadLetter(_) = envelope.to {
@@ -206,8 +214,14 @@ impl Publisher {
         {
             // The queue says so.
             wire.headers.remove(header::ATOM);
+            // These go without saying. Every property costs the broker.
+            wire.kind.take_if(|kind| kind == ELECTRON);
+            wire.content_type.take_if(|of| of == ContentType::Json.as_str());
         }
-        let properties = convert::properties(wire, mark)?;
+        let mut properties = convert::properties(wire, mark)?;
+        if let Address::Atom(_) = to {
+            properties = properties.with_timestamp(clock::seconds_at(envelope.delay));
+        }
         let destination = match via {
             // One queue, whatever the key is.
             Via::Lease { .. } => Destination::exchange(route.exchange.as_str()),
@@ -222,7 +236,8 @@ impl Publisher {
         match to {
             _ if delay.is_zero() => self.topology.route(to),
             Address::Atom(atom) => {
-                self.ladder.make().await.map_err(not_sent)?;
+                // Boxed: it is large, and every publish would have to have room for it.
+                Box::pin(self.ladder.make()).await.map_err(not_sent)?;
                 Ok(self.topology.delayed(atom, *delay))
             }
             other => Err(SendError::Refused(format!("no delay can be kept for {other}"))),
@@ -280,10 +295,30 @@ struct Place {
     delayed: bool,
 }
 
+/// What the broker says of one message.
+enum Verdict {
+    Taken,
+    Declined,
+    /// The channel does not confirm.
+    None,
+}
+
+impl Verdict {
+    /// Tells the verdict from the returned message that came with it, whosesoever that is.
+    fn of(confirmation: Confirmation) -> (Self, Option<Key>) {
+        let (verdict, carried) = match confirmation {
+            Confirmation::Ack(carried) => (Self::Taken, carried),
+            Confirmation::Nack(carried) => (Self::Declined, carried),
+            Confirmation::NotRequested => (Self::None, None),
+        };
+        (verdict, carried.map(|message| Key::returned(&message)))
+    }
+}
+
 /// What the broker answered.
 struct Answer {
     place: Place,
-    answer: Result<Confirmation, SendError>,
+    answer: Result<Verdict, SendError>,
 }
 
 /// The results of a batch so far.
@@ -316,8 +351,8 @@ struct UnderWay<'a> {
     /// Whether the broker has ever taken a message here.
     proven: bool,
     publishes: FuturesUnordered<BoxFuture<'a, Answered<Answer>>>,
-    /// What is published over channels of its own.
-    asides: FuturesUnordered<BoxFuture<'a, Answer>>,
+    /// What is published over channels of its own, and whether it was returned.
+    asides: FuturesUnordered<BoxFuture<'a, (Answer, bool)>>,
     /// For how long nothing was confirmed on the channel.
     silent: Duration,
     /// The same for each destination for which something is late.
@@ -356,7 +391,7 @@ async fn publish_all(
             _ = looks.tick(), if !under_way.waits.is_empty() => under_way.look(),
             // Before the end: when the session ends, those that are answered are told what the broker said.
             Some(answered) = under_way.publishes.next() => under_way.answered(answered),
-            Some(answer) = under_way.asides.next() => under_way.answered_aside(answer),
+            Some((answer, returned)) = under_way.asides.next() => under_way.told(answer, returned),
             command = wanted.recv(), if under_way.publishes.len() < UNCONFIRMED_MAX => match command {
                 Some(command) => under_way.begin(command),
                 None => break,
@@ -368,7 +403,7 @@ async fn publish_all(
     loop {
         tokio::select! {
             Some(answered) = under_way.publishes.next() => under_way.answered(answered),
-            Some(answer) = under_way.asides.next() => under_way.answered_aside(answer),
+            Some((answer, returned)) = under_way.asides.next() => under_way.told(answer, returned),
             else => return,
         }
     }
@@ -388,7 +423,7 @@ impl UnderWay<'_> {
                 let wait = self.waits.insert(Wait { waited: Duration::ZERO, destination, aside });
                 let place = Place { batch: number, at, wait, to, delayed };
                 match found.zip(way) {
-                    None => self.publishes.push(Box::pin(publish(self.line, message, place))),
+                    None => self.publishes.push(publish(self.line, message, place)),
                     Some(suspected) => {
                         let publishing = publish_aside(self.line, message, place, suspected);
                         self.asides.push(Box::pin(publishing));
@@ -457,13 +492,6 @@ impl UnderWay<'_> {
         }
     }
 
-    fn answered_aside(&mut self, answer: Answer) {
-        // There was nothing else on its channel.
-        let returned =
-            matches!(&answer.answer, Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_))));
-        self.told(answer, returned);
-    }
-
     fn told(&mut self, answer: Answer, returned: bool) {
         let (number, at) = (answer.place.batch, answer.place.at);
         let result = self.decide(answer, returned);
@@ -476,7 +504,7 @@ impl UnderWay<'_> {
     fn decide(&mut self, answer: Answer, returned: bool) -> Result<(), SendError> {
         let Answer { place: Place { wait, to, delayed, .. }, answer } = answer;
         let Wait { waited, .. } = self.waits.remove(wait);
-        let confirmation = answer?;
+        let verdict = answer?;
         if returned {
             // The next session declares again what is missing.
             if let Address::DeadLetter(_) = to {
@@ -488,13 +516,13 @@ impl UnderWay<'_> {
             }
             return Err(SendError::Unroutable(to.to_string()));
         }
-        match confirmation {
-            Confirmation::Ack(_) => {
+        match verdict {
+            Verdict::Taken => {
                 self.proven = true;
                 self.declines.taken();
                 Ok(())
             }
-            Confirmation::Nack(_) => {
+            Verdict::Declined => {
                 if waited >= FIRST_CONFIRM_TIMEOUT && self.moves.may() {
                     let reason = format!("the broker declined a message after {waited:?}");
                     self.line.life.end(reason);
@@ -505,9 +533,7 @@ impl UnderWay<'_> {
                 }
                 Err(SendError::NotTaken("the broker declined".to_owned()))
             }
-            Confirmation::NotRequested => {
-                Err(SendError::Unknown("the channel does not confirm".to_owned()))
-            }
+            Verdict::None => Err(SendError::Unknown("the channel does not confirm".to_owned())),
         }
     }
 
@@ -521,20 +547,24 @@ impl UnderWay<'_> {
     }
 }
 
-async fn publish(line: &Line, message: Outgoing, place: Place) -> Answered<Answer> {
-    let Route { exchange, key } = &message.route;
-    let key = Key::new(exchange.as_str(), key.as_str(), &message.properties);
-    let answer = match message.publish(&line.channel).await {
-        Ok(confirmation) => Ok(confirmation),
-        Err(error) => Err(line.failed(&key.exchange, &error).await),
-    };
-    let carried = match &answer {
-        Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) => {
-            Some(Key::returned(message))
-        }
-        _ => None,
-    };
-    Answered { key, carried, what: Answer { place, answer } }
+fn publish(line: &Line, message: Outgoing, place: Place) -> BoxFuture<'_, Answered<Answer>> {
+    let Outgoing { route: Route { exchange, key }, properties, body } = message;
+    let returned_as = Key::new(exchange.as_str(), key.as_str(), &properties);
+    let name = exchange.clone();
+    // What an `async fn` takes it keeps beside what is made of it: there is one of these for each message under way.
+    Box::pin(async move {
+        let publishing = line.channel.basic_publish(exchange, key, MANDATORY, &body, properties);
+        let confirming = publishing.await;
+        let confirmed = match confirming {
+            Ok(confirming) => confirming.await.map(Verdict::of),
+            Err(error) => Err(error),
+        };
+        let (answer, carried) = match confirmed {
+            Ok((verdict, carried)) => (Ok(verdict), carried),
+            Err(error) => (Err(Box::pin(line.failed(name.as_str(), &error)).await), None),
+        };
+        Answered { key: returned_as, carried, what: Answer { place, answer } }
+    })
 }
 
 async fn publish_aside(
@@ -542,22 +572,24 @@ async fn publish_aside(
     message: Outgoing,
     place: Place,
     (found, way): (Found, Destination),
-) -> Answer {
+) -> (Answer, bool) {
     let exchange = message.route.exchange.clone();
     let publish = async |channel: &Channel| message.publish(channel).await;
     let answer = match line.aside.publish(found, way, publish).await {
-        Ok(answer) => answer,
+        Ok(answer) => answer.map(Verdict::of),
         Err(error) => Err(line.failed(exchange.as_str(), &error).await),
     };
-    Answer { place, answer }
+    match answer {
+        // There was nothing else on its channel.
+        Ok((verdict, carried)) => (Answer { place, answer: Ok(verdict) }, carried.is_some()),
+        Err(error) => (Answer { place, answer: Err(error) }, false),
+    }
 }
 
 impl Outgoing {
     async fn publish(self, channel: &Channel) -> lapin::Result<Confirmation> {
         let Self { route: Route { exchange, key }, properties, body } = self;
-        // Without `mandatory`, what cannot be routed is confirmed and gone.
-        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-        channel.basic_publish(exchange, key, options, &body, properties).await?.await
+        channel.basic_publish(exchange, key, MANDATORY, &body, properties).await?.await
     }
 }
 

@@ -8,28 +8,25 @@
 //! be carried by that other, a moment later: a confirm that carries what is not its own is not judged before
 //! everything that was carried has found its own. The other is confirmed already, so that is soon.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use lapin::{BasicProperties, message::BasicReturnMessage};
 
-/// What tells one publish from another in a message that the broker returns.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Key {
-    pub(crate) exchange: String,
-    routing_key: String,
-    message_id: Option<String>,
-    correlation_id: Option<String>,
-}
+/// What tells one publish from another in a message that the broker returns: exchange, routing key, message id and
+/// correlation id. Their hash only (64 bits), for there is one for each message under way, and next to none is returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key(u64);
 
 impl Key {
     pub(crate) fn new(exchange: &str, routing_key: &str, properties: &BasicProperties) -> Self {
-        let text = |text: &Option<_>| text.as_ref().map(ToString::to_string);
-        Self {
-            exchange: exchange.to_owned(),
-            routing_key: routing_key.to_owned(),
-            message_id: text(properties.message_id()),
-            correlation_id: text(properties.correlation_id()),
-        }
+        let mut hasher = DefaultHasher::new();
+        (exchange, routing_key).hash(&mut hasher);
+        properties.message_id().hash(&mut hasher);
+        properties.correlation_id().hash(&mut hasher);
+        Self(hasher.finish())
     }
 
     pub(crate) fn returned(message: &BasicReturnMessage) -> Self {
@@ -64,14 +61,14 @@ impl<T> Default for Returns<T> {
 impl<T> Returns<T> {
     /// Takes in answers, and says of all that can be judged now whether their message was returned.
     pub(crate) fn judge(&mut self, answered: Vec<Answered<T>>) -> Vec<(T, bool)> {
-        for key in answered.iter().filter_map(|answered| answered.carried.clone()) {
+        for key in answered.iter().filter_map(|answered| answered.carried) {
             *self.unclaimed.entry(key).or_default() += 1;
         }
         let mut judged = Vec::with_capacity(answered.len());
         let mut left = std::mem::take(&mut self.uncertain);
         left.extend(answered);
         for answered in left {
-            if self.claim(&answered.key) {
+            if self.claim(answered.key) {
                 judged.push((answered.what, true));
             } else if answered.carried.is_some() {
                 self.uncertain.push(answered);
@@ -85,11 +82,11 @@ impl<T> Returns<T> {
         judged
     }
 
-    fn claim(&mut self, key: &Key) -> bool {
-        let Some(count) = self.unclaimed.get_mut(key) else { return false };
+    fn claim(&mut self, key: Key) -> bool {
+        let Some(count) = self.unclaimed.get_mut(&key) else { return false };
         *count -= 1;
         if *count == 0 {
-            self.unclaimed.remove(key);
+            self.unclaimed.remove(&key);
         }
         true
     }

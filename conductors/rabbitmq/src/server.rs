@@ -72,7 +72,7 @@ impl Server {
     }
 
     /// Major and minor version, of a RabbitMQ.
-    fn rabbitmq(&self) -> Option<(u32, u32)> {
+    pub(crate) fn rabbitmq(&self) -> Option<(u32, u32)> {
         let mut parts = self.version.split(['.', '-', '+']).map(str::parse);
         match (self.product.as_str(), parts.next(), parts.next()) {
             ("RabbitMQ", Some(Ok(major)), Some(Ok(minor))) => Some((major, minor)),

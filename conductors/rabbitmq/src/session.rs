@@ -43,7 +43,9 @@ use crate::{
     inbox::Inboxes,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window, gathered_max},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
-    life::{CLOSE_TIMEOUT, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over},
+    life::{
+        CLOSE_TIMEOUT, CloseWhenDropped, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over,
+    },
     publisher::{Moves, Publisher, Via},
     server::Server,
     topology::{Route, Topology, TopologyMode},
@@ -80,6 +82,7 @@ pub(crate) struct RabbitSession {
     epoch: Epoch,
     publishing: Arc<Connection>,
     consuming: Arc<Connection>,
+    _close: [CloseWhenDropped; 2],
     declarer: Declarer,
     publisher: Publisher,
     lanes: Arc<Lanes>,
@@ -134,6 +137,7 @@ impl RabbitSession {
             connection
         };
         let (publishing, consuming) = (watch(publishing), watch(consuming));
+        let close = [&publishing, &consuming].map(CloseWhenDropped::new);
         let (connection, mode) = (Arc::clone(&consuming), topology.mode);
         let declarer = Declarer { connection, life: life.clone(), mode };
         let ladder = Ladder::new(topology.clone(), declarer.clone());
@@ -150,6 +154,7 @@ impl RabbitSession {
             epoch: Epoch::unique(),
             publishing,
             consuming,
+            _close: close,
             declarer,
             publisher,
             lanes: Arc::default(),
@@ -187,7 +192,8 @@ impl RabbitSession {
                 let _turn = self.declaring.lock().await;
                 // Another may have done it meanwhile.
                 if !self.declared().contains(atom)
-                    && let Err(error) = self.declare_atom(atom).await
+                    // Boxed: it is large, and every send would have to have room for it.
+                    && let Err(error) = Box::pin(self.declare_atom(atom)).await
                 {
                     refused.push((atom.clone(), error));
                 }
@@ -565,7 +571,7 @@ impl Session for RabbitSession {
 
     async fn send(&self, envelopes: &[Envelope]) -> Vec<Result<(), SendError>> {
         if let [Envelope { to: To::Nodes, message, .. }] = envelopes {
-            return vec![self.tell_all(message).await];
+            return vec![Box::pin(self.tell_all(message)).await];
         }
         let refused = self.declare_all(envelopes).await;
         if refused.is_empty() {

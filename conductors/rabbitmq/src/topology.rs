@@ -15,8 +15,9 @@ use lapin::{
 };
 
 use crate::{
-    declare::{declare_queue, found, look, on_own_channel},
-    delay::{bind_queue, exchange},
+    declare::{declare_queue, found, on_own_channel},
+    events::Retention,
+    plan::{self, Kind, Object, bind_queue},
 };
 
 /// How long an inbox outlives its node. In it lie the answers to a node that will not come back.
@@ -58,6 +59,8 @@ pub enum TopologyMode {
 pub(crate) struct Topology {
     namespace: String,
     pub(crate) mode: TopologyMode,
+    /// None where events are not kept.
+    pub(crate) events: Option<Retention>,
 }
 
 /// Where to publish.
@@ -71,13 +74,18 @@ impl Topology {
     const NAMESPACE_BYTES_MAX: usize = 64;
 
     pub(crate) fn new(namespace: &str) -> Self {
-        Self { namespace: namespace.to_owned(), mode: TopologyMode::default() }
+        Self {
+            namespace: namespace.to_owned(),
+            mode: TopologyMode::default(),
+            events: Some(Retention::default()),
+        }
     }
 
-    pub(crate) fn try_new(namespace: &str) -> Result<Self, InvalidId> {
+    /// The same of another namespace.
+    pub(crate) fn renamed(self, namespace: &str) -> Result<Self, InvalidId> {
         // The same characters as in other names; shorter, so that whole queue names fit in 255 bytes.
         let short = if namespace.len() > Self::NAMESPACE_BYTES_MAX { "" } else { namespace };
-        ConductorId::try_new(short).map(|_| Self::new(namespace))
+        ConductorId::try_new(short).map(|_| Self { namespace: namespace.to_owned(), ..self })
     }
 
     pub(crate) fn atom_queue(&self, atom: &AtomId) -> String {
@@ -142,25 +150,31 @@ impl Topology {
 
     /// Makes sure of what every node needs: the exchange, the dead letters, and where delays come out.
     pub(crate) async fn declare_base(&self, connection: &Connection) -> lapin::Result<()> {
+        self.make_sure(connection, &self.base()).await
+    }
+
+    /// What every node needs.
+    pub(crate) fn base(&self) -> Vec<Object> {
         let dead = self.dead_queue();
+        let mut base = vec![
+            Object::queue(&dead, quorum()),
+            Object::exchange(&self.namespace, Kind::Direct),
+            Object::binding(&self.namespace, &dead, DEAD_KEY),
+        ];
+        base.extend(self.where_delays_end());
+        base
+    }
+
+    /// Makes objects, or looks for them, as the mode has it.
+    pub(crate) async fn make_sure(
+        &self,
+        connection: &Connection,
+        objects: &[Object],
+    ) -> lapin::Result<()> {
         match self.mode {
             TopologyMode::None => Ok(()),
-            TopologyMode::Passive => {
-                let (lost, due) = (self.lost(), self.due());
-                let exchanges = [self.namespace.as_str(), &lost, &due];
-                let look = async |channel: &Channel| look(channel, &exchanges, &[&dead]).await;
-                on_own_channel(connection, look).await
-            }
-            TopologyMode::Declare => {
-                declare_queue(connection, &dead, quorum()).await?;
-                let declare = async |channel: &Channel| {
-                    let direct = ExchangeKind::Direct;
-                    exchange(channel, &self.namespace, direct, FieldTable::default()).await?;
-                    bind_queue(channel, &dead, &self.namespace, DEAD_KEY).await?;
-                    self.declare_due(channel).await
-                };
-                on_own_channel(connection, declare).await
-            }
+            TopologyMode::Passive => plan::look(connection, objects).await,
+            TopologyMode::Declare => plan::make(connection, objects).await,
         }
     }
 
@@ -184,9 +198,7 @@ impl Topology {
         connection: &Connection,
         name: &str,
     ) -> lapin::Result<()> {
-        let mut inbox = quorum();
-        inbox.insert("x-expires".into(), milliseconds(INBOX_EXPIRES));
-        declare_queue(connection, name, inbox).await
+        declare_queue(connection, name, inbox(INBOX_EXPIRES)).await
     }
 
     /// Leads what is for all nodes to the inbox of one.
@@ -207,18 +219,13 @@ impl Topology {
         connection: &Connection,
         id: &ResultsId,
     ) -> lapin::Result<()> {
-        let queue = self.results_queue(id);
-        match self.mode {
-            TopologyMode::None => Ok(()),
-            TopologyMode::Passive => {
-                let look = async |channel: &Channel| look(channel, &[], &[&queue]).await;
-                on_own_channel(connection, look).await
-            }
-            TopologyMode::Declare => {
-                let arguments = dead_lettering(&self.namespace, Some(DEAD_KEY));
-                declare_queue(connection, &queue, arguments).await
-            }
-        }
+        self.make_sure(connection, &self.of_results(id)).await
+    }
+
+    /// What a result address needs.
+    pub(crate) fn of_results(&self, id: &ResultsId) -> Vec<Object> {
+        let arguments = dead_lettering(&self.namespace, Some(DEAD_KEY));
+        vec![Object::queue(&self.results_queue(id), arguments)]
     }
 
     /// Declares a lease queue and the exchange before it.
@@ -246,23 +253,17 @@ impl Topology {
         connection: &Connection,
         atom: &AtomId,
     ) -> lapin::Result<()> {
+        self.make_sure(connection, &self.of_atom(atom)).await
+    }
+
+    /// What an atom needs.
+    pub(crate) fn of_atom(&self, atom: &AtomId) -> Vec<Object> {
         let queue = self.atom_queue(atom);
-        match self.mode {
-            TopologyMode::None => Ok(()),
-            TopologyMode::Passive => {
-                let look = async |channel: &Channel| look(channel, &[], &[&queue]).await;
-                on_own_channel(connection, look).await
-            }
-            TopologyMode::Declare => {
-                let arguments = dead_lettering(&self.namespace, Some(DEAD_KEY));
-                declare_queue(connection, &queue, arguments).await?;
-                let bind = async |channel: &Channel| {
-                    bind_queue(channel, &queue, &self.namespace, &atom_key(atom)).await?;
-                    self.bind_due(channel, atom).await
-                };
-                on_own_channel(connection, bind).await
-            }
-        }
+        vec![
+            Object::queue(&queue, dead_lettering(&self.namespace, Some(DEAD_KEY))),
+            Object::binding(&self.namespace, &queue, &atom_key(atom)),
+            self.when_due(atom),
+        ]
     }
 }
 
@@ -282,6 +283,13 @@ fn quorum() -> BTreeMap<ShortString, AMQPValue> {
         ("x-queue-type".into(), AMQPValue::LongString("quorum".into())),
         ("x-delivery-limit".into(), AMQPValue::LongLongInt(DELIVERY_LIMIT)),
     ])
+}
+
+/// A quorum queue that goes by itself when nobody has used it for so long.
+pub(crate) fn inbox(expires: Duration) -> BTreeMap<ShortString, AMQPValue> {
+    let mut inbox = quorum();
+    inbox.insert("x-expires".into(), milliseconds(expires));
+    inbox
 }
 
 /// A quorum queue that leads what it drops to an exchange: with this key, or each message with its own.

@@ -1,7 +1,7 @@
 //! The RabbitMQ conductor keeps the contract, on a real broker.
 
 use atomizer::Conductor;
-use atomizer_conformance::{World, conformance_tests};
+use atomizer_conformance::{World, conformance_tests, event_log_tests};
 use atomizer_rabbitmq::RabbitMq;
 use atomizer_test_support::{Proxy, Vhost, shared};
 use tokio::task::spawn_blocking;
@@ -37,3 +37,4 @@ impl World for OnBroker {
 }
 
 conformance_tests!(OnBroker::new());
+event_log_tests!(OnBroker::new());

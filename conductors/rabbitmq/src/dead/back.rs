@@ -10,7 +10,7 @@ use lapin::{Channel, options::ConfirmSelectOptions};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    DeadLetters, DeadLettersError, Opened, Progress, Requeue,
+    DeadLetters, DeadLettersError, Progress, Requeue,
     publish::{self, NotSent, Outgoing},
     walk::Held,
 };
@@ -19,6 +19,7 @@ use crate::{
     convert,
     declare::refusal,
     life::{REQUEST_TIMEOUT, close},
+    opened::Opened,
 };
 
 /// The way back to the queues of atoms.

@@ -22,9 +22,10 @@ use lapin::{
 };
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{DeadLetters, DeadLettersError, Opened, copy, publish};
+use super::{DeadLetters, DeadLettersError, copy, publish};
 use crate::{
-    acks::Acks, connect::plain, declare::refusal, life::REQUEST_TIMEOUT, topology::Topology,
+    acks::Acks, connect::plain, declare::refusal, life::REQUEST_TIMEOUT, opened::Opened,
+    topology::Topology,
 };
 
 /// The most letters of one window, and how many bytes it is to have about: payloads may be large.

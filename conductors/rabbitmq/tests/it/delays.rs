@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use atomizer::{CallError, EventKind, SendError, prelude::*};
+use atomizer::{
+    Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, NodeId, Payload,
+    SendError, Source, prelude::*,
+};
 use atomizer_test_support::Broker;
 use tokio::{sync::mpsc, task::JoinSet};
 
@@ -150,5 +153,35 @@ async fn a_delay_whose_queue_was_deleted_is_kept_all_the_same() {
     until(&mut events, |kind| matches!(kind, EventKind::SessionLost { .. })).await;
     assert_eq!(soon(notes.recv()).await.unwrap().0, 2);
     atomizer.drain().await.unwrap();
+    blocking(move || drop(vhost)).await;
+}
+
+/// To the second, by the clock of this machine, which sends and receives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delivery_says_when_its_electron_was_sent_or_due() {
+    #[expect(clippy::disallowed_methods, reason = "compared with what the sender's clock showed")]
+    let now = std::time::SystemTime::now;
+    let vhost = vhost().await;
+    let conductor = rabbit(&vhost.url());
+    let session = conductor.open(&NodeId::unique("node").unwrap()).await.unwrap();
+    let atom = AtomId::from_static("timed");
+    let from_source = Source::Atom(atom.clone());
+    let mut subscription = session.subscribe(from_source, 1.try_into().unwrap()).await.unwrap();
+    for delay in [Duration::ZERO, Duration::from_secs(3)] {
+        let electron = Electron::new(atom.clone(), Payload::json("1"));
+        let to = Address::Atom(atom.clone());
+        let earliest = now() + delay - Duration::from_secs(1);
+        soon(session.send(&[Envelope::new(to, electron.into()).after(delay)]))
+            .await
+            .remove(0)
+            .unwrap();
+        let latest = now() + delay;
+        let delivery = soon(subscription.next(1.try_into().unwrap())).await.unwrap().remove(0);
+        let sent_at = delivery.sent_at.expect("it says so");
+        assert!(earliest < sent_at && sent_at <= latest, "{earliest:?} {sent_at:?} {latest:?}");
+        let done = (delivery.ticket, atomizer::Outcome::done(Vec::new()));
+        soon(session.settle(vec![done])).await.remove(0).unwrap();
+    }
+    session.close().await;
     blocking(move || drop(vhost)).await;
 }

@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use atomizer::{
@@ -13,7 +14,7 @@ use atomizer::{
     prelude::*,
 };
 use atomizer_test_support::{Broker, Proxy};
-use tokio::{sync::Semaphore, task::JoinSet};
+use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
 use crate::support::{
     Double, blocking, delete_queue, impatient, lose_leader, rabbit, says_that_it_has_no_leader,
@@ -128,6 +129,34 @@ async fn a_queue_without_a_leader_is_named_and_served_again_once_it_was_deleted(
     asker.drain().await.unwrap();
     worker.drain().await.unwrap();
     blocking(move || drop(vhost)).await;
+}
+
+/// A consumer that the broker makes when nobody is there any more would be brought answers for ever, and those who wait
+/// for them would wait in vain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_is_dropped_while_it_subscribes_leaves_nothing_behind() {
+    const MOMENTS: u32 = 80;
+    let vhost = vhost().await;
+    let conductor = rabbit(&vhost.url());
+    let mut subscribed = 0;
+    for moment in 0..MOMENTS {
+        let session = conductor.open(&NodeId::unique("node").unwrap()).await.unwrap();
+        let subscribing = session.subscribe(Source::Inbox, NonZeroUsize::MIN);
+        let spent = Duration::from_micros(100) * moment;
+        subscribed += u32::from(timeout(spent, subscribing).await.is_ok());
+    }
+    assert!(subscribed < MOMENTS, "some were dropped before");
+    blocking(move || {
+        let begun = Instant::now();
+        loop {
+            let left = vhost.connections().unwrap();
+            if left.is_empty() {
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "{} are left", left.len());
+        }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -47,6 +47,8 @@ async fn a_client_that_knows_nothing_of_atomizer_is_answered() {
     let answer = soon(answers.next()).await.unwrap().unwrap();
     assert_eq!(answer.data, b"42");
     assert_eq!(answer.properties.correlation_id().as_ref().unwrap().as_str(), "17");
+    assert_eq!(answer.properties.kind().as_ref().unwrap().as_str(), "answer");
+    assert_eq!(answer.properties.content_type().as_ref().unwrap().as_str(), "application/json");
     atomizer.drain().await.unwrap();
     blocking(move || drop(vhost)).await;
 }

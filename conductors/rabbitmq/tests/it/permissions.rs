@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use atomizer::{
-    Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, Message, NodeId,
-    OpenError, Payload, SendError, Session, Source, prelude::*,
+    Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, Filter, Message, Monitor,
+    NodeId, OpenError, Payload, Position, Seen, SendError, Session, Source, prelude::*,
 };
 use atomizer_rabbitmq::{RabbitMq, Requeue, Selection, TopologyMode};
 use atomizer_test_support::{Permissions, Vhost};
@@ -51,12 +51,14 @@ impl Users {
     }
 }
 
-const CALLER: [&str; 3] = [r"^atomizer\.inbox\.", r"^atomizer($|\.delay\.)", r"^atomizer\.inbox\."];
+const CALLER: [&str; 3] =
+    [r"^atomizer\.inbox\.", r"^atomizer($|\.events$|\.delay\.)", r"^atomizer\.inbox\."];
 const WORKER: [&str; 3] = [
     r"^atomizer\.(inbox|lease)\.",
-    r"^(atomizer($|\.(inbox|lease|delay)\.)|amq\.default$)",
+    r"^(atomizer($|\.events$|\.(inbox|lease|delay)\.)|amq\.default$)",
     r"^atomizer($|\.(atom|inbox|lease)\.)",
 ];
+const MONITOR: [&str; 3] = ["^$", r"^atomizer\.events$", r"^atomizer\.events$"];
 const OPERATOR: [&str; 3] = ["^$", "^atomizer$", r"^atomizer\.dead$"];
 
 async fn start(conductor: RabbitMq) -> Atomizer {
@@ -106,8 +108,20 @@ async fn each_role_does_its_work_with_the_least_permissions() {
         last = Some(progress);
     }
     assert_eq!(last.unwrap().done, 1);
+    let nodes = [caller.node().clone(), worker.node().clone()];
     caller.drain().await.unwrap();
     worker.drain().await.unwrap();
+    // What they did is told: to who may write, and to who may only read.
+    for conductor in [users.add(MONITOR).await, users.add(["^$", "^$", MONITOR[2]]).await] {
+        let monitor = Monitor::new(&conductor).unwrap().from(Position::Start);
+        let monitor = monitor.filter(Filter::new().kind("stopped"));
+        let mut events = soon(monitor.open()).await.unwrap();
+        let mut stopped = Vec::new();
+        while let Seen::Event(event) = soon(events.next()).await {
+            stopped.push(event.node);
+        }
+        assert!(nodes.iter().all(|node| stopped.contains(node)), "{stopped:?}");
+    }
     users.remove().await;
 }
 

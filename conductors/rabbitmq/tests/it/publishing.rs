@@ -5,6 +5,7 @@ use atomizer::{
     prelude::*,
 };
 use atomizer_test_support::{Permissions, shared};
+use lapin::{Connection, ConnectionProperties, options::BasicGetOptions, types::ShortString};
 
 use crate::support::{Double, blocking, rabbit, soon, vhost};
 
@@ -35,6 +36,46 @@ async fn each_returned_message_is_told_of_its_own_publish() {
         let unroutable = matches!(result, Err(SendError::Unroutable(_)));
         assert_eq!(unroutable, number % 7 == 3, "{number}: {result:?}");
         assert!(unroutable || result.is_ok(), "{number}: {result:?}");
+    }
+    session.close().await;
+    blocking(move || drop(vhost)).await;
+}
+
+/// There are as many of these futures as messages under way, and what is seldom needed is in none of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_send_under_way_takes_little_room() {
+    let vhost = vhost().await;
+    let session = rabbit(&vhost.url()).open(&NodeId::unique("sender").unwrap()).await.unwrap();
+    let electron = Electron::new(AtomId::from_static("small"), Payload::json("1"));
+    let envelope = Envelope::new(Address::Atom(electron.atom.clone()), electron.into());
+    let envelopes = [envelope];
+    let sending = session.send(&envelopes);
+    let bytes = size_of_val(&*sending);
+    assert!(bytes <= 1024, "{bytes}");
+    assert_eq!(soon(sending).await, [Ok(())]);
+    session.close().await;
+    blocking(move || drop(vhost)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_without_saying_is_not_said() {
+    let vhost = vhost().await;
+    let session = rabbit(&vhost.url()).open(&NodeId::unique("sender").unwrap()).await.unwrap();
+    let atom = AtomId::from_static("plain");
+    let properties = ConnectionProperties::default();
+    let connection = Connection::connect(&vhost.url(), properties).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    for (payload, content_type) in
+        [(Payload::json("1"), None), (Payload::bytes("1"), Some("application/octet-stream"))]
+    {
+        let electron = Electron::new(atom.clone(), payload.clone());
+        let envelope = Envelope::new(Address::Atom(atom.clone()), electron.into());
+        assert_eq!(session.send(&[envelope]).await, [Ok(())]);
+        let options = BasicGetOptions { no_ack: true };
+        let sent = channel.basic_get("atomizer.atom.plain".into(), options).await.unwrap().unwrap();
+        let properties = &sent.properties;
+        assert_eq!(*properties.kind(), None);
+        assert_eq!(properties.content_type().as_ref().map(ShortString::as_str), content_type);
     }
     session.close().await;
     blocking(move || drop(vhost)).await;

@@ -22,14 +22,20 @@ pub(crate) async fn delete_queue(vhost: &Arc<Vhost>, queue: &str) {
     blocking(move || vhost.node().manage("DELETE", &path, None).unwrap()).await;
 }
 
-/// Leaves a queue as RabbitMQ does when brokers are lost while they make it: its members are there, each is new, and
-/// none of them stands for election, ever.
+/// Leaves a queue as it is when brokers are lost while they make it: its member here is new, has heard of others, and
+/// is never elected by them.
 pub(crate) async fn lose_leader(vhost: &Arc<Vhost>, queue: &str) {
     let expression = format!(
-        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>)),
+        "Resource = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>),
+         {{ok, Q}} = rabbit_amqqueue:lookup(Resource),
          {{Name, _}} = amqqueue:get_pid(Q),
-         ok = ra:force_delete_server(quorum_queues, {{Name, node()}}),
-         {{[_], []}} = rabbit_quorum_queue:recover(<<\"{vhost}\">>, [Q]).",
+         Id = {{Name, node()}},
+         ok = ra:force_delete_server(quorum_queues, Id),
+         Uid = ra:new_uid(atom_to_binary(Name)),
+         ok = ra:start_server(quorum_queues, #{{
+             cluster_name => Name, id => Id, uid => Uid, log_init_args => #{{uid => Uid}},
+             initial_members => [Id, {{Name, 'lost1@localhost'}}, {{Name, 'lost2@localhost'}}],
+             machine => {{module, rabbit_fifo, #{{name => Name, queue_resource => Resource}}}}}}).",
         vhost = vhost.name()
     );
     let vhost = Arc::clone(vhost);

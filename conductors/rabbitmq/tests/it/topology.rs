@@ -1,7 +1,8 @@
 //! What is on the broker, who makes it, and what is left behind.
 
 use atomizer::{
-    Address, AtomId, Conductor, Electron, Envelope, NodeId, OpenError, Payload, SendError, Source,
+    Address, AtomId, Conductor, Electron, Envelope, Monitor, NodeId, OpenError, Payload, Position,
+    Seen, SendError, Source,
 };
 use atomizer_rabbitmq::TopologyMode;
 use atomizer_test_support::Vhost;
@@ -25,6 +26,13 @@ fn node() -> NodeId {
     NodeId::unique("node").unwrap()
 }
 
+/// Waits until an event is kept.
+async fn read_event(vhost: &Vhost) {
+    let monitor = Monitor::new(&rabbit(&vhost.url())).unwrap().from(Position::Start);
+    let mut events = monitor.open().await.unwrap();
+    while !matches!(events.next().await, Seen::Event(_)) {}
+}
+
 fn to_double() -> Envelope {
     let atom = AtomId::from_static("double");
     let electron = Electron::new(atom.clone(), Payload::json("1"));
@@ -37,6 +45,8 @@ async fn the_broker_holds_what_the_documentation_names_and_nothing_else() {
     let atomizer = serve(&vhost.url()).await;
     soon(atomizer.call::<Double>(1).into_future()).await.unwrap();
     let node = atomizer.node().clone();
+    // Events are told beside all else: the stream is there when one has come.
+    soon(read_event(&vhost)).await;
     let (vhost, mut queues, exchanges) = blocking(move || {
         let (queues, exchanges) = (vhost.queues().unwrap(), vhost.exchanges().unwrap());
         (vhost, queues, exchanges)
@@ -45,7 +55,12 @@ async fn the_broker_holds_what_the_documentation_names_and_nothing_else() {
     queues.sort_by(|a, b| a.name.cmp(&b.name));
     let names: Vec<_> = queues.iter().map(|queue| queue.name.as_str()).collect();
     let inbox = format!("atomizer.inbox.{node}");
-    assert_eq!(names, ["atomizer.atom.double", "atomizer.dead", &inbox]);
+    assert_eq!(names, ["atomizer.atom.double", "atomizer.dead", "atomizer.events", &inbox]);
+    let events = queues.remove(2);
+    assert_eq!((events.kind.as_str(), events.durable), ("stream", true));
+    assert_eq!(events.arguments["x-max-length-bytes"], json!(1_u64 << 30));
+    assert_eq!(events.arguments["x-max-age"], json!("604800s"));
+    assert_eq!(events.arguments["x-stream-max-segment-size-bytes"], json!(64 << 20));
     for queue in &queues {
         assert_eq!((queue.kind.as_str(), queue.durable), ("quorum", true), "{}", queue.name);
         assert_eq!(queue.arguments["x-delivery-limit"], json!(100_000), "{}", queue.name);
@@ -60,7 +75,9 @@ async fn the_broker_holds_what_the_documentation_names_and_nothing_else() {
         exchanges.iter().filter(|exchange| !exchange.name.starts_with("amq.")).collect();
     let ours: Vec<_> = ours.iter().map(|exchange| exchange.name.as_str()).collect();
     assert!(
-        ours.iter().all(|name| ["", "atomizer", "atomizer.due", "atomizer.lost"].contains(name)),
+        ours.iter().all(|name| {
+            ["", "atomizer", "atomizer.due", "atomizer.events", "atomizer.lost"].contains(name)
+        }),
         "{ours:?}"
     );
 
