@@ -1,8 +1,10 @@
 //! A node behind a RabbitMQ broker that serves until it is told to stop.
 
 use std::{
+    net::SocketAddr,
     num::NonZeroU32,
     process::ExitCode,
+    str::FromStr,
     time::{Duration, Instant},
 };
 
@@ -14,6 +16,7 @@ use atomizer_examples::{
     signals,
     tosses::{Scaled, TossCount},
 };
+use atomizer_monitoring::Monitoring;
 use clap::Parser;
 use tokio::{
     sync::oneshot,
@@ -26,7 +29,8 @@ use tokio::{
 /// it had is done by the others; a request that it was adding up begins again. Told to stop, it finishes its batches within 5 s, gives back the rest and
 /// leaves; told again, it leaves at once.
 ///
-/// What happens is on stderr; RUST_LOG changes how much of it.
+/// What happens is on stderr; RUST_LOG changes how much of it. Metrics for Prometheus are served at /metrics, and probes at
+/// /healthz and /readyz, to this machine only unless told otherwise: there is no login.
 #[derive(Parser)]
 #[command(
     name = "agent",
@@ -49,6 +53,30 @@ struct Options {
     /// How many electrons run at once here; of those that compute, a few more than there are cores at most [default: 1024].
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     concurrency: Option<NonZeroU32>,
+    /// Where to serve metrics and probes, as in 0.0.0.0:9464; port 0 is any that is free; off is nowhere [default:
+    /// 127.0.0.1:9464, or any port if that is taken].
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<Listen>,
+}
+
+/// Where metrics and probes are served.
+#[derive(Clone, Copy, Debug)]
+enum Listen {
+    At(SocketAddr),
+    Off,
+}
+
+impl FromStr for Listen {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "off" {
+            return Ok(Self::Off);
+        }
+        let address =
+            text.parse().map_err(|_| "expected an address such as 127.0.0.1:9464, or off")?;
+        Ok(Self::At(address))
+    }
 }
 
 /// Batches take far less. What takes longer is a request that waits for its batches: it is given back, and
@@ -64,6 +92,8 @@ fn main() -> ExitCode {
 }
 
 async fn agent(options: Options) -> anyhow::Result<Exit> {
+    // First: probes are answered while the broker is tried, and what is measured has somewhere to go.
+    let monitoring = serve(options.listen)?;
     let tosses = TossCount::default();
     let (hand_over, events) = oneshot::channel();
     let mut builder = Atomizer::builder()
@@ -92,11 +122,33 @@ async fn agent(options: Options) -> anyhow::Result<Exit> {
             return Ok(Exit::Done);
         }
     };
+    if let Some(monitoring) = &monitoring {
+        monitoring.watch(node.health());
+    }
     tracing::info!("node {} serves {} and {}", node.node(), MonteCarlo::ID, Toss::ID);
     let (ended, served) = tokio::join!(node.run(), follow(events.await?, &tosses));
     tracing::info!("served {} electrons, {} tosses", served.electrons, Scaled(tosses.get() as f64));
     ended?;
     Ok(Exit::Done)
+}
+
+/// Serves metrics and probes. Where no address was chosen, several agents on one machine each find one.
+fn serve(listen: Option<Listen>) -> anyhow::Result<Option<Monitoring>> {
+    let monitoring = match listen {
+        Some(Listen::Off) => return Ok(None),
+        Some(Listen::At(address)) => Monitoring::serve(address)?,
+        None => match Monitoring::serve(Monitoring::ADDRESS_DEFAULT) {
+            Err(error) if error.is_address_in_use() => {
+                tracing::info!("{} is taken", Monitoring::ADDRESS_DEFAULT);
+                let mut address = Monitoring::ADDRESS_DEFAULT;
+                address.set_port(0);
+                Monitoring::serve(address)?
+            }
+            served => served?,
+        },
+    };
+    tracing::info!("metrics at http://{}/metrics", monitoring.address());
+    Ok(Some(monitoring))
 }
 
 /// What a node has done.

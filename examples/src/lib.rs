@@ -1,21 +1,19 @@
 //! What the example programs share, so that each shows little but itself.
 //!
-//! - [`run`] is a program from its command line to its exit code.
-//! - [`cli`] reads numbers and URLs as people type them, and never repeats a password.
-//! - [`broker`] connects to RabbitMQ and says what was tried when that fails.
+//! What they share with the command `atomizer` is in `atomizer-programs`: a program from its command line to its exit
+//! code, and what is typed there. Beside it:
+//!
+//! - [`broker`] connects to RabbitMQ where there is one.
 //! - [`progress`] shows how far a run has come.
 //! - [`short`] writes ids for people.
 //! - [`tosses`] writes estimates of π, and counts who tossed what.
 
 pub mod broker;
-pub mod cli;
-mod program;
 pub mod progress;
 pub mod short;
-pub mod signals;
 pub mod tosses;
 
-pub use program::{Exit, run, say};
+pub use atomizer_programs::{Exit, cli, run, say, signals};
 
 /// Its programs are tested with everything else.
 #[cfg(doctest)]

@@ -11,6 +11,7 @@ use std::{
 
 use atomizer::{Atom, Context, Options, Result};
 use atomizer_atoms::{Batch, Estimate, Hits, Toss};
+pub use atomizer_programs::progress::{Scaled, per_second};
 use serde_json::json;
 
 /// Chooses a batch so that there are some 2,000 electrons: enough to share among many cores and to lose
@@ -79,28 +80,6 @@ impl fmt::Display for Report {
     }
 }
 
-/// Returns a rate; 0 while no time has passed.
-#[must_use]
-pub fn per_second(count: u64, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
-}
-
-/// A number as people read it: `3.4 M` for 3,400,000.
-#[derive(Clone, Copy, Debug)]
-pub struct Scaled(pub f64);
-
-impl fmt::Display for Scaled {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            number if number < 999.5 => write!(f, "{number:.0}"),
-            number if number < 999.95e3 => write!(f, "{:.1} k", number / 1e3),
-            number if number < 999.95e6 => write!(f, "{:.1} M", number / 1e6),
-            number if number < 999.95e9 => write!(f, "{:.1} G", number / 1e9),
-            number => write!(f, "{:.1} T", number / 1e12),
-        }
-    }
-}
-
 /// Counts the tosses of a node. Clones count together.
 #[derive(Clone, Debug, Default)]
 pub struct TossCount(Arc<AtomicU64>);
@@ -159,12 +138,5 @@ mod tests {
             report.to_string(),
             "pi=3.20000000 error=-0.25000000 tosses=5 electrons=5 seconds=1.500 tosses_per_s=3"
         );
-    }
-
-    #[test]
-    fn numbers_are_scaled() {
-        let scaled =
-            [0.0, 999.4, 999.6, 3.4e6, 999.99e6, 1.2e10, 5e15].map(|n| Scaled(n).to_string());
-        assert_eq!(scaled, ["0", "999", "1.0 k", "3.4 M", "1.0 G", "12.0 G", "5000.0 T"]);
     }
 }

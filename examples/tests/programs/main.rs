@@ -3,5 +3,6 @@
 mod cluster;
 mod harness;
 mod misuse;
+mod monitoring;
 mod single;
 mod small;

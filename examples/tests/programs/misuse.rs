@@ -30,6 +30,7 @@ fn wrongly_typed_is_said_and_exits_2() {
         ("agent", vec!["--connect-timeout", "soon"], "--connect-timeout"),
         ("agent", vec!["--concurrency", "0"], "--concurrency"),
         ("agent", vec!["--concurrency", "-1"], "--concurrency"),
+        ("agent", vec!["--listen", "9464"], "expected an address such as 127.0.0.1:9464, or off"),
         ("agent", vec!["--name", "two words"], "is not a valid node id"),
         ("console", vec!["--amqp", "amqps://alice:s3cret@host"], "TLS needs the feature `tls`"),
         ("console", vec!["--deadline", "soon"], "--deadline"),

@@ -1,6 +1,6 @@
 //! Reads what people type, and says what is wrong with it without repeating a password.
 
-use std::{env, ffi::OsStr, process::ExitCode};
+use std::{env, ffi::OsStr, fmt::Display, marker::PhantomData, process::ExitCode, str::FromStr};
 
 use atomizer_rabbitmq::RabbitMq;
 use clap::{
@@ -8,6 +8,8 @@ use clap::{
     builder::TypedValueParser,
     error::{Error, ErrorKind},
 };
+
+use crate::program;
 
 /// Parses the command line.
 ///
@@ -20,7 +22,8 @@ pub fn parse<A: Parser>() -> Result<A, ExitCode> {
             eprint!("{text}");
             ExitCode::from(2)
         } else {
-            print!("{text}");
+            // An error says that nobody reads it.
+            drop(program::write(text.as_bytes()));
             ExitCode::SUCCESS
         }
     })
@@ -53,12 +56,50 @@ impl TypedValueParser for Url {
         argument: Option<&Arg>,
         value: &OsStr,
     ) -> Result<RabbitMq, Error> {
-        RabbitMq::from_url(&value.to_string_lossy()).map_err(|error| {
-            let argument = argument.map(|argument| format!(" for '{argument}'"));
-            let message = format!("invalid value{}: {error}", argument.unwrap_or_default());
-            command.clone().error(ErrorKind::ValueValidation, message)
-        })
+        let read = RabbitMq::from_url(&value.to_string_lossy());
+        read.map_err(|error| refused(command, argument, error))
     }
+}
+
+/// Parses what may have a password in it; an error of it quotes nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Secret<T>(PhantomData<fn() -> T>);
+
+impl<T> Secret<T> {
+    /// Parses by [`FromStr`].
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<T> Default for Secret<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T> TypedValueParser for Secret<T>
+where
+    T: FromStr<Err: Display> + Clone + Send + Sync + 'static,
+{
+    type Value = T;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        argument: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<T, Error> {
+        value.to_string_lossy().parse().map_err(|error| refused(command, argument, error))
+    }
+}
+
+/// Says what is wrong with an argument, without quoting it.
+fn refused(command: &Command, argument: Option<&Arg>, reason: impl Display) -> Error {
+    let argument = argument.map(|argument| format!(" for '{argument}'"));
+    let message = format!("invalid value{}: {reason}", argument.unwrap_or_default());
+    command.clone().error(ErrorKind::ValueValidation, message)
 }
 
 /// Parses a count of at least 1, as in `5000000`, `5_000_000`, `5e6` and `2.5e9`.

@@ -37,8 +37,8 @@ const EXIT_MAX: Duration = Duration::from_millis(200);
 
 /// Parses the command line, sets up the log and runs `program`.
 ///
-/// The exit code is 0 when it is done, 1 when it failed, 2 when it was wrongly typed and 130 when it was
-/// interrupted. An error is one line on stderr, its causes included. `log_filter` says what is logged, unless
+/// The exit code is 0 when it is done, 1 when it failed, 2 when it was wrongly typed ([`Mistyped`]) and 130 when it
+/// was interrupted. An error is one line on stderr, its causes included. `log_filter` says what is logged, unless
 /// `RUST_LOG` does.
 pub fn run<A: Parser>(
     log_filter: &str,
@@ -57,19 +57,44 @@ pub fn run<A: Parser>(
     });
     match ended {
         Ok(exit) => exit.into(),
+        // Whoever reads no further, as `head` does, has what it wanted.
+        Err(error) if error.is::<NobodyReads>() => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<Mistyped>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
 
+/// What was typed is wrong, and only the program can tell: such as a file that is no JSON.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Mistyped(pub String);
+
+/// Nobody reads what is written to stdout any more.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("nobody reads stdout any more")]
+struct NobodyReads;
+
 /// Writes a line to stdout.
 ///
 /// # Errors
-/// When nobody reads it: unlike `println!`, which panics then.
+/// When that fails: unlike `println!`, which panics then. That nobody reads it any more ends a program that passes the
+/// error on, without a word.
 pub fn say(line: impl Display) -> anyhow::Result<()> {
-    writeln!(io::stdout(), "{line}").context("failed to write to stdout")
+    write(format!("{line}\n").as_bytes())
+}
+
+/// Writes bytes to stdout.
+///
+/// # Errors
+/// As [`say`].
+pub fn write(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(NobodyReads.into()),
+        written => written.context("failed to write to stdout"),
+    }
 }
 
 fn log_to_stderr(filter: &str) {
