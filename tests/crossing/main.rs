@@ -8,6 +8,7 @@ mod dead;
 mod fan_out;
 mod payloads;
 mod requirements;
+mod watching;
 
 use std::time::Duration;
 

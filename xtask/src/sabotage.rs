@@ -27,8 +27,13 @@ const PATCHES: &str = "tests/sabotage";
 const TEST_MAX: Duration = Duration::from_secs(120);
 
 /// The packages whose tests need RabbitMQ.
-const NEED_RABBITMQ: [&str; 4] =
-    ["atomizer-rabbitmq", "atomizer-tests", "atomizer-examples", "atomizer-test-support"];
+const NEED_RABBITMQ: [&str; 5] = [
+    "atomizer-cli",
+    "atomizer-rabbitmq",
+    "atomizer-tests",
+    "atomizer-examples",
+    "atomizer-test-support",
+];
 
 /// What `cargo xtask sabotage` can be told.
 #[derive(Debug, Default, clap::Args)]

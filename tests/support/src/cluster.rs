@@ -179,6 +179,21 @@ impl Cluster {
         Ok(())
     }
 
+    /// Returns what each broker that runs says of the queues of a virtual host, for who has to find out why a test
+    /// fails.
+    #[must_use]
+    pub fn describe_queues(&self, vhost: &str) -> String {
+        let columns = "name leader online messages_ready messages_unacknowledged consumers state";
+        let arguments: Vec<_> =
+            ["list_queues", "-p", vhost].into_iter().chain(columns.split(' ')).collect();
+        let running = self.brokers.iter().filter(|broker| broker.pid().is_some());
+        let said = running.map(|broker| {
+            let said = broker.ctl(&arguments).unwrap_or_else(|error| error.to_string());
+            format!("{}:\n{said}", broker.ctl_of().identity.node)
+        });
+        said.collect()
+    }
+
     /// Returns which broker has the connection that its client gave a name with this in it.
     ///
     /// # Errors

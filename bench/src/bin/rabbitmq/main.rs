@@ -6,6 +6,7 @@
 mod emptied;
 mod ours;
 mod reference;
+mod why;
 
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use clap::{Parser, ValueEnum};
 use tokio::task::block_in_place;
 
 use emptied::Emptied;
+use ours::Events;
 use reference::Headers;
 
 /// How many deliveries are unacknowledged at the most, on either side.
@@ -40,6 +42,8 @@ Cases:
             delivery until the node is closed and the broker counts 0 messages
   call_1    ask from one node for what runs on another, one call after the other
   call_256  the same, with 256 in flight
+  events_on the same by nodes that have their events kept, over those that do not; fails when an event is lost
+  why       find the story of one electron among so many events; prints how long that takes
 
 Examples:
   cargo xtask bench rabbitmq
@@ -54,9 +58,12 @@ struct Args {
     /// Electrons in each round of `publish` and `drain`.
     #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1_000..=10_000_000))]
     electrons: u64,
-    /// Calls in each round of `call_256`; `call_1` makes a twentieth as many.
+    /// Calls in each round of `call_256`; `call_1` makes a twentieth as many, `events_on` five times as many.
     #[arg(long, default_value_t = 8_000, value_parser = clap::value_parser!(u64).range(1_000..=10_000_000))]
     calls: u64,
+    /// Events among which `why` finds a story.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(10_000..=100_000_000))]
+    events: u64,
     /// Have the reference send the properties and headers of an electron with each message, though it needs none of
     /// them: what is left between the two is not the format's, but ours.
     #[arg(long)]
@@ -75,6 +82,8 @@ enum Case {
     Call1,
     #[value(name = "call_256")]
     Call256,
+    EventsOn,
+    Why,
 }
 
 impl Case {
@@ -84,6 +93,8 @@ impl Case {
             Self::Drain => "drain",
             Self::Call1 => "call_1",
             Self::Call256 => "call_256",
+            Self::EventsOn => "events_on",
+            Self::Why => "why",
         }
     }
 }
@@ -123,8 +134,8 @@ async fn measure(broker: &Broker, args: &Args) -> Result<()> {
     let headers = if args.same_headers { Headers::AnElectrons } else { Headers::None };
     let wanted = |case| args.case.is_empty() || args.case.contains(&case);
     let stores = wanted(Case::Publish) || wanted(Case::Drain);
-    let cases =
-        u64::from(stores) + u64::from(wanted(Case::Call1)) + u64::from(wanted(Case::Call256));
+    let others = [Case::Call1, Case::Call256, Case::EventsOn].into_iter();
+    let cases = u64::from(stores) + others.map(|case| u64::from(wanted(case))).sum::<u64>();
     let progress = Progress::new(cases * u64::from(args.rounds + 1) * 2);
     let (mut publish, mut drain) = (Rates::default(), Rates::default());
     if stores {
@@ -144,9 +155,12 @@ async fn measure(broker: &Broker, args: &Args) -> Result<()> {
             }
         }
     }
-    for (case, calls, in_flight) in
-        [(Case::Call1, args.calls / 20, 1), (Case::Call256, args.calls, 256)]
-    {
+    for (case, calls, in_flight) in [
+        (Case::Call1, args.calls / 20, 1),
+        (Case::Call256, args.calls, 256),
+        // More than what is gathered while a log does not keep up.
+        (Case::EventsOn, 5 * args.calls, 256),
+    ] {
         if !wanted(case) {
             continue;
         }
@@ -154,9 +168,16 @@ async fn measure(broker: &Broker, args: &Args) -> Result<()> {
         for (side, counts) in turns(args.rounds) {
             let vhost = vhost(broker)?;
             let url = vhost.url();
-            let took = match side {
-                Side::Ours => ours::call(&url, calls, in_flight).await?,
-                Side::Reference => reference::call(&url, headers, calls, in_flight).await?,
+            let took = match (case, side) {
+                (Case::EventsOn, Side::Ours) => {
+                    let took = ours::call(&url, calls, in_flight, Events::Kept).await?;
+                    ours::check_events(&url, calls).await?;
+                    took
+                }
+                (Case::EventsOn, Side::Reference) | (_, Side::Ours) => {
+                    ours::call(&url, calls, in_flight, Events::NotKept).await?
+                }
+                (_, Side::Reference) => reference::call(&url, headers, calls, in_flight).await?,
             };
             if counts {
                 rates.note(side, calls, took);
@@ -166,7 +187,24 @@ async fn measure(broker: &Broker, args: &Args) -> Result<()> {
         }
         progress.hide(|| report(case, rates, args.json));
     }
+    if wanted(Case::Why) {
+        let vhost = vhost(broker)?;
+        let found = why::measure(&vhost.url(), args.events).await?;
+        progress.hide(|| report_found(&found, args.json));
+        block_in_place(|| drop(vhost));
+    }
     Ok(())
+}
+
+fn report_found(why::Found { events, life_events, median_s }: &why::Found, json: bool) {
+    if json {
+        let line = serde_json::json!({
+            "case": "why", "events": events, "life_events": life_events, "median_s": median_s,
+        });
+        println!("{line}");
+    } else {
+        println!("case=why events={events} life_events={life_events} median_s={median_s:.3}");
+    }
 }
 
 /// Whose turn it is, and whether it counts: the first round warms up. Who is first changes from round to round.

@@ -1,6 +1,7 @@
 //! What is measured: nodes, used as anyone would.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -9,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use atomizer::prelude::*;
+use atomizer::{Monitor, Position, Seen, prelude::*};
 use atomizer_bench::now;
 use atomizer_rabbitmq::RabbitMq;
 use futures::{StreamExt, TryStreamExt, stream};
@@ -71,26 +72,57 @@ impl Atom for Noop {
     }
 }
 
-fn rabbit(url: &str) -> Result<RabbitMq> {
-    Ok(RabbitMq::from_url(url)?)
+/// Whether nodes have their events kept. The reference keeps none, so neither do we beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Events {
+    Kept,
+    NotKept,
 }
 
-async fn serve(url: &str, tally: Arc<Tally>) -> Result<Atomizer> {
-    Ok(Atomizer::builder().conductor(rabbit(url)?).atom(Noop(tally)).start().await?)
+fn rabbit(url: &str, events: Events) -> Result<RabbitMq> {
+    let rabbit = RabbitMq::from_url(url)?;
+    Ok(if events == Events::Kept { rabbit } else { rabbit.without_events() })
 }
 
-async fn asker(url: &str) -> Result<Atomizer> {
-    Ok(Atomizer::builder().conductor(rabbit(url)?).start().await?)
+async fn serve(url: &str, events: Events, tally: Arc<Tally>) -> Result<Atomizer> {
+    Ok(Atomizer::builder().conductor(rabbit(url, events)?).atom(Noop(tally)).start().await?)
+}
+
+async fn asker(url: &str, events: Events) -> Result<Atomizer> {
+    Ok(Atomizer::builder().conductor(rabbit(url, events)?).start().await?)
 }
 
 /// Makes the queue of the atom, and whatever else a node makes.
 pub(crate) async fn make_queues(url: &str) -> Result<()> {
-    Ok(serve(url, Arc::default()).await?.drain().await?)
+    Ok(serve(url, Events::NotKept, Arc::default()).await?.drain().await?)
+}
+
+/// Checks that no event of so many calls was lost: each was sent, received, started and completed.
+pub(crate) async fn check_events(url: &str, calls: u64) -> Result<()> {
+    let monitor = Monitor::new(&rabbit(url, Events::Kept)?)?.from(Position::Start);
+    let mut events = monitor.open().await?;
+    let mut counts = BTreeMap::<_, u64>::new();
+    loop {
+        match events.next().await {
+            Seen::Event(event) => *counts.entry(event.kind.name()).or_default() += 1,
+            Seen::CaughtUp => break,
+            other => anyhow::bail!("{other:?}"),
+        }
+    }
+    for kind in ["sent", "received", "started", "completed"] {
+        let count = counts.get(kind).copied().unwrap_or_default();
+        ensure!(
+            count == calls,
+            "{count} of {calls} events are there that tell of {kind}: {counts:?}"
+        );
+    }
+    ensure!(!counts.contains_key("events_lost"), "events were lost: {counts:?}");
+    Ok(())
 }
 
 /// Sends until all is confirmed.
 pub(crate) async fn publish(url: &str, electrons: u64) -> Result<Duration> {
-    let node = asker(url).await?;
+    let node = asker(url, Events::NotKept).await?;
     let begun = Instant::now();
     stream::iter(0..electrons)
         .map(|number| node.send::<Noop>(Job::new(number)))
@@ -105,7 +137,7 @@ pub(crate) async fn publish(url: &str, electrons: u64) -> Result<Duration> {
 /// Works off what is there; returns when the first of them ran.
 pub(crate) async fn drain(url: &str, electrons: u64, emptied: &Emptied<'_>) -> Result<SystemTime> {
     let tally = Tally::up_to(electrons);
-    let node = serve(url, Arc::clone(&tally)).await?;
+    let node = serve(url, Events::NotKept, Arc::clone(&tally)).await?;
     tally.done.notified().await;
     emptied.wait()?;
     node.drain().await?;
@@ -115,8 +147,13 @@ pub(crate) async fn drain(url: &str, electrons: u64, emptied: &Emptied<'_>) -> R
 }
 
 /// Asks from one node for what runs on another.
-pub(crate) async fn call(url: &str, calls: u64, in_flight: u64) -> Result<Duration> {
-    let (server, client) = (serve(url, Arc::default()).await?, asker(url).await?);
+pub(crate) async fn call(
+    url: &str,
+    calls: u64,
+    in_flight: u64,
+    events: Events,
+) -> Result<Duration> {
+    let (server, client) = (serve(url, events, Arc::default()).await?, asker(url, events).await?);
     let begun = Instant::now();
     let made = Arc::new(AtomicU64::new(0));
     let mut clients = JoinSet::new();

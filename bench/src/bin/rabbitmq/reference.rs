@@ -66,9 +66,13 @@ impl Headers {
             set("atomizer-started-at", "2026-11-21T12:00:00.000000Z");
             set("atomizer-duration-us", "250");
         }
-        let properties = properties.with_type(kind.into()).with_message_id(ID.into());
         let properties = properties.with_app_id("node-0badcafe".into());
-        properties.with_content_type("application/json".into()).with_headers(headers)
+        if kind == "answer" {
+            let properties = properties.with_type(kind.into()).with_headers(headers);
+            properties.with_content_type("application/json".into())
+        } else {
+            properties.with_message_id(ID.into()).with_timestamp(1_795_000_000)
+        }
     }
 }
 
