@@ -54,24 +54,20 @@ pub(crate) async fn connect(
     properties: ConnectionProperties,
     limit: Duration,
 ) -> Result<(Connection, Server), ConnectError> {
+    // Before lapin begins: it tries on a thread of its own, and may lose the error on the way from there.
+    let stream = dial(&uri.authority, tls, limit).await;
+    let stream = stream.map_err(|error| ConnectError::Client(error.into()))?;
     let (established, waited_for) = oneshot::channel();
     let (hear, heard) = oneshot::channel();
     let handshake = Handshake { waited_for, greeting: Vec::new(), hear: Some(hear) };
-    let handshake = Mutex::new(Some(handshake));
+    let socket = Mutex::new(Some(Socket { stream, handshake: Some(handshake) }));
     let kit = RuntimeParts::new(Tokio::current(), Sockets(Tokio::current()));
-    let dial = async move |uri: AMQPUri, _| {
-        let handshake = handshake.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let AMQPAuthority { host, port, .. } = &uri.authority;
-        let tcp = reach(host, *port, limit).await?;
-        let stream: Transport = match &tls {
-            None => Box::new(tcp),
-            Some(tls) => {
-                timeout(limit, tls.encrypt(tcp, host)).await.map_err(|_| no_answer())??
-            }
-        };
-        Ok(AsyncTcpStream::Plain(Socket { stream, handshake }))
+    let dialed = async move |_, _| {
+        let socket = socket.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let socket = socket.ok_or(io::ErrorKind::ConnectionAborted);
+        Ok(AsyncTcpStream::Plain(socket.map_err(io::Error::from)?))
     };
-    let connecting = Connection::connector(uri, Runtime::new(kit), dial, properties);
+    let connecting = Connection::connector(uri, Runtime::new(kit), dialed, properties);
     let checking = async {
         let server = heard.await.unwrap_or_default();
         server.check().map_err(ConnectError::Server)?;
@@ -82,6 +78,15 @@ pub(crate) async fn connect(
     // From now on whoever holds the connection closes it.
     established.send(()).ok();
     Ok((connection, server))
+}
+
+/// Reaches the broker, and encrypts the way there.
+async fn dial(to: &AMQPAuthority, tls: Option<Tls>, limit: Duration) -> io::Result<Transport> {
+    let tcp = reach(&to.host, to.port, limit).await?;
+    match tls {
+        None => Ok(Box::new(tcp)),
+        Some(tls) => timeout(limit, tls.encrypt(tcp, &to.host)).await.map_err(|_| no_answer())?,
+    }
 }
 
 /// Connects to the first address of a host that answers; each may take its share of the time.
@@ -237,5 +242,30 @@ impl Reactor for Sockets {
     ) -> impl Future<Output = io::Result<Socket>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
         async { Ok(Socket { stream: Box::new(connecting.await?), handshake: None }) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{StreamExt, stream};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// The client would lose about one refusal in a few thousand on its way from its thread.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn a_refused_connection_is_told_each_time() {
+        let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let refused = async |_| {
+            let uri = format!("amqp://{nobody}").parse().unwrap();
+            let limit = Duration::from_secs(60);
+            match connect(uri, None, ConnectionProperties::default(), limit).await {
+                Err(ConnectError::Client(error)) => error.to_string(),
+                _ => panic!("nobody listens there"),
+            }
+        };
+        let tries = stream::iter(0..10_000).map(refused).buffer_unordered(8);
+        let told = timeout(Duration::from_secs(50), tries.collect::<Vec<_>>()).await.unwrap();
+        assert!(told.iter().all(|error| error.contains("refused")), "{told:?}");
     }
 }
