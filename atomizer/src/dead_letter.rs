@@ -331,7 +331,7 @@ mod tests {
     }
 
     fn read(electron: Electron) -> DeadLetter {
-        DeadLetter::from_wire(&Wire::from(Message::from(electron)), None)
+        DeadLetter::from_wire(&Wire::from(&Message::from(electron)), None)
     }
 
     #[test]
@@ -377,7 +377,7 @@ mod tests {
             atom: None,
             at: UNIX_EPOCH.checked_add(Duration::from_secs(7)),
         };
-        let wire = Wire::from(Message::from(electron()));
+        let wire = Wire::from(&Message::from(electron()));
         let letter = DeadLetter::from_wire(&wire, Some(death));
         assert_eq!(letter.reason.to_string(), "delivery_limit in atomizer.atom.bill");
         assert_eq!(letter.died_at, UNIX_EPOCH.checked_add(Duration::from_secs(7)));

@@ -81,7 +81,7 @@ impl Memory {
     pub fn dead_letters(&self) -> Vec<DeadLetter> {
         let broker = self.broker.lock();
         let dead = broker.queues.get(&QueueName::Dead).map(|queue| &queue.ready);
-        let wires = dead.into_iter().flatten().map(|stored| Wire::from(stored.message.clone()));
+        let wires = dead.into_iter().flatten().map(|stored| Wire::from(&stored.message));
         wires.map(|wire| DeadLetter::from_wire(&wire, None)).collect()
     }
 

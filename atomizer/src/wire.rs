@@ -154,8 +154,71 @@ impl Wire {
         properties + headers
     }
 
-    fn set(&mut self, name: &str, value: impl Display) {
-        self.headers.insert(name.to_owned(), Value::String(value.to_string()));
+    /// Writes all but the body to another form.
+    pub fn write(&self, to: &mut impl Writer) {
+        for (property, value) in [
+            (Property::Kind, &self.kind),
+            (Property::Id, &self.id),
+            (Property::CorrelationId, &self.correlation_id),
+            (Property::ReplyTo, &self.reply_to),
+            (Property::ContentType, &self.content_type),
+        ] {
+            if let Some(value) = value {
+                to.put_property(property, value.into());
+            }
+        }
+        for (name, value) in &self.headers {
+            to.put_extra(name, value);
+        }
+    }
+}
+
+/// What a message has beside its headers and its body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Property {
+    /// See [`Wire::kind`]; the others likewise.
+    Kind,
+    /// See [`Wire::id`].
+    Id,
+    /// See [`Wire::correlation_id`].
+    CorrelationId,
+    /// See [`Wire::reply_to`].
+    ReplyTo,
+    /// See [`Wire::content_type`].
+    ContentType,
+}
+
+/// A carrier's own form of a message, to which it is [written](Message::write) part by part.
+///
+/// The kind comes before all else, if there is one, and the headers last. One of a name that was there is put in the
+/// place of that.
+pub trait Writer {
+    /// Takes a property.
+    fn put_property(&mut self, property: Property, value: Cow<'_, str>);
+    /// Takes one of our headers; see [`header`](mod@header).
+    fn put_header(&mut self, name: &'static str, value: Cow<'_, str>);
+    /// Takes a header of others, or of a message that was taken apart.
+    fn put_extra(&mut self, name: &str, value: &Value);
+}
+
+impl Writer for Wire {
+    fn put_property(&mut self, property: Property, value: Cow<'_, str>) {
+        let part = match property {
+            Property::Kind => &mut self.kind,
+            Property::Id => &mut self.id,
+            Property::CorrelationId => &mut self.correlation_id,
+            Property::ReplyTo => &mut self.reply_to,
+            Property::ContentType => &mut self.content_type,
+        };
+        *part = Some(value.into_owned());
+    }
+
+    fn put_header(&mut self, name: &'static str, value: Cow<'_, str>) {
+        self.headers.insert(name.to_owned(), value.into_owned().into());
+    }
+
+    fn put_extra(&mut self, name: &str, value: &Value) {
+        self.headers.insert(name.to_owned(), value.clone());
     }
 }
 
@@ -268,68 +331,64 @@ fn parse<T: FromStr<Err: Display>>(name: &str, text: &str) -> Result<T, String> 
     text.parse().map_err(|error| format!("{name}: {error}"))
 }
 
-impl From<Message> for Wire {
-    fn from(message: Message) -> Self {
-        match message {
-            Message::Electron(electron) => encode_electron(Arc::unwrap_or_clone(electron)),
-            Message::Answer(properties) => encode_answer(Arc::unwrap_or_clone(properties)),
-            Message::Cancel(cancel) => encode_cancel(&cancel),
-            Message::Unreadable(unreadable) => Arc::unwrap_or_clone(unreadable).wire,
-        }
+impl From<&Message> for Wire {
+    fn from(message: &Message) -> Self {
+        let mut wire = Self::default();
+        wire.body = message.write(&mut wire);
+        wire
     }
 }
 
-fn encode_electron(electron: Electron) -> Wire {
-    let mut wire = Wire {
-        kind: Some(ELECTRON.to_owned()),
-        id: Some(electron.id.to_string()),
-        correlation_id: electron.correlation_id,
-        reply_to: electron.reply_to.map(|reply_to| reply_to.as_str().to_owned()),
-        content_type: Some(electron.payload.content_type.as_str().to_owned()),
-        headers: electron.extra,
-        body: electron.payload.body,
-    };
-    wire.set(header::ATOM, electron.atom);
-    if let Some(sender) = electron.sender {
-        wire.set(header::SENDER, sender);
+fn write_electron(electron: &Electron, to: &mut impl Writer) -> Bytes {
+    to.put_property(Property::Kind, ELECTRON.into());
+    to.put_property(Property::Id, electron.id.to_string().into());
+    if let Some(id) = &electron.correlation_id {
+        to.put_property(Property::CorrelationId, id.into());
     }
-    if let Some(parent) = electron.parent {
-        wire.set(header::PARENT, parent.id);
-        wire.set(header::INDEX, parent.index);
-        if parent.round > 0 {
-            wire.set(header::ROUND, parent.round);
-        }
-        if parent.tries > 0 {
-            wire.set(header::TRIES, parent.tries);
-        }
-        if parent.lives > 0 {
-            wire.set(header::PARENT_LIVES, parent.lives);
-        }
+    if let Some(reply_to) = &electron.reply_to {
+        to.put_property(Property::ReplyTo, reply_to.as_str().into());
     }
-    if electron.attempts > 0 {
-        wire.set(header::ATTEMPT, electron.attempts);
+    to.put_property(Property::ContentType, electron.payload.content_type.as_str().into());
+    for (name, value) in &electron.extra {
+        to.put_extra(name, value);
     }
-    if electron.lives > 0 {
-        wire.set(header::LIVES, electron.lives);
+    to.put_header(header::ATOM, electron.atom.as_str().into());
+    if let Some(sender) = &electron.sender {
+        to.put_header(header::SENDER, sender.as_str().into());
     }
-    if electron.passes > 0 {
-        wire.set(header::PASSES, electron.passes);
+    if let Some(parent) = &electron.parent {
+        to.put_header(header::PARENT, parent.id.to_string().into());
+        to.put_header(header::INDEX, parent.index.to_string().into());
+        write_count(header::ROUND, parent.round, to);
+        write_count(header::TRIES, parent.tries, to);
+        write_count(header::PARENT_LIVES, parent.lives, to);
     }
-    if let Some(policy) = electron.policy {
-        let policy = serde_json::to_string(&policy).expect("a policy is plain data");
-        wire.set(header::POLICY, policy);
+    write_count(header::ATTEMPT, electron.attempts, to);
+    write_count(header::LIVES, electron.lives, to);
+    write_count(header::PASSES, electron.passes, to);
+    if let Some(policy) = &electron.policy {
+        let policy = serde_json::to_string(policy).expect("a policy is plain data");
+        to.put_header(header::POLICY, policy.into());
     }
     if let Some(limit) = electron.time_limit {
         // A limit below a millisecond must not become none at all.
-        wire.set(header::TIME_LIMIT_MS, milliseconds(limit).max(1));
+        to.put_header(header::TIME_LIMIT_MS, milliseconds(limit).max(1).to_string().into());
     }
     if let Some(deadline) = electron.deadline {
-        wire.set(header::DEADLINE_MS, milliseconds(deadline));
+        to.put_header(header::DEADLINE_MS, milliseconds(deadline).to_string().into());
     }
     if !electron.history.is_empty() {
-        wire.set(header::HISTORY, history(electron.history));
+        to.put_header(header::HISTORY, history(&electron.history).into());
     }
-    wire
+    electron.payload.body.clone()
+}
+
+/// Writes a header that means 0 when it is absent.
+fn write_count(name: &'static str, count: impl Into<u64>, to: &mut impl Writer) {
+    let count = count.into();
+    if count > 0 {
+        to.put_header(name, count.to_string().into());
+    }
 }
 
 fn milliseconds(duration: Duration) -> u64 {
@@ -340,69 +399,57 @@ fn milliseconds(duration: Duration) -> u64 {
 const HISTORY_BYTES_MAX: usize = 12 * 1024;
 
 /// The history as JSON. When it is too long its messages are cut, all to the same length.
-fn history(mut failures: Vec<Failure>) -> String {
+fn history(failures: &[Failure]) -> String {
+    let mut failures = Cow::from(failures);
     let mut message_bytes_max = Failure::MESSAGE_BYTES_MAX;
     loop {
-        let json = serde_json::to_string(&failures).expect("failures are plain data");
+        let json = serde_json::to_string(&*failures).expect("failures are plain data");
         if json.len() <= HISTORY_BYTES_MAX || message_bytes_max < 8 {
             return json;
         }
         message_bytes_max /= 2;
-        for failure in &mut failures {
+        for failure in failures.to_mut() {
             failure.cut(message_bytes_max);
         }
     }
 }
 
-fn encode_answer(properties: Properties) -> Wire {
-    let (status, payload) = match properties.outcome {
-        Ok(payload) => (STATUS_OK, payload),
+fn write_answer(properties: &Properties, to: &mut impl Writer) -> Bytes {
+    to.put_property(Property::Kind, ANSWER.into());
+    let electron = properties.electron.to_string();
+    let own = properties.correlation_id.as_deref();
+    to.put_property(Property::CorrelationId, own.unwrap_or(&electron).into());
+    let (content_type, body) = match &properties.outcome {
+        Ok(payload) => (payload.content_type.as_str(), payload.body.clone()),
         Err(failure) => {
-            let body = serde_json::to_vec(&failure).expect("a failure is plain data");
-            (STATUS_FAILED, Payload::json(body))
+            let body = serde_json::to_vec(failure).expect("a failure is plain data");
+            (ContentType::Json.as_str(), body.into())
         }
     };
-    let electron = properties.electron.to_string();
-    let (correlation_id, electron) = match properties.correlation_id {
-        Some(own) => (own, Some(electron)),
-        None => (electron, None),
-    };
-    let mut wire = Wire {
-        kind: Some(ANSWER.to_owned()),
-        correlation_id: Some(correlation_id),
-        content_type: Some(payload.content_type.as_str().to_owned()),
-        body: payload.body,
-        ..Wire::default()
-    };
-    if let Some(electron) = electron {
-        wire.set(header::ELECTRON, electron);
+    to.put_property(Property::ContentType, content_type.into());
+    if own.is_some() {
+        to.put_header(header::ELECTRON, electron.into());
     }
-    wire.set(header::ATOM, properties.atom);
-    wire.set(header::NODE, properties.node);
-    if status != STATUS_OK {
-        wire.set(header::STATUS, status);
+    to.put_header(header::ATOM, properties.atom.as_str().into());
+    to.put_header(header::NODE, properties.node.as_str().into());
+    if properties.outcome.is_err() {
+        to.put_header(header::STATUS, STATUS_FAILED.into());
     }
     if properties.attempt != 1 {
-        wire.set(header::ATTEMPT, properties.attempt);
+        to.put_header(header::ATTEMPT, properties.attempt.to_string().into());
     }
-    wire.set(header::STARTED_AT, humantime::format_rfc3339_micros(properties.started_at));
-    wire.set(header::DURATION_US, properties.duration.as_micros());
-    wire
+    let started_at = humantime::format_rfc3339_micros(properties.started_at);
+    to.put_header(header::STARTED_AT, started_at.to_string().into());
+    to.put_header(header::DURATION_US, properties.duration.as_micros().to_string().into());
+    body
 }
 
-fn encode_cancel(cancel: &Cancel) -> Wire {
-    let body = serde_json::to_vec(&cancel.electrons).expect("ids are plain data");
-    let mut wire = Wire {
-        kind: Some(CANCEL.to_owned()),
-        content_type: Some(ContentType::Json.as_str().to_owned()),
-        body: body.into(),
-        ..Wire::default()
-    };
-    wire.set(header::SENDER, &cancel.sender);
-    if cancel.round > 0 {
-        wire.set(header::ROUND, cancel.round);
-    }
-    wire
+fn write_cancel(cancel: &Cancel, to: &mut impl Writer) -> Bytes {
+    to.put_property(Property::Kind, CANCEL.into());
+    to.put_property(Property::ContentType, ContentType::Json.as_str().into());
+    to.put_header(header::SENDER, cancel.sender.as_str().into());
+    write_count(header::ROUND, cancel.round, to);
+    serde_json::to_vec(&cancel.electrons).expect("ids are plain data").into()
 }
 
 impl Message {
@@ -420,6 +467,19 @@ impl Message {
         read.unwrap_or_else(|reason| {
             Self::Unreadable(Arc::new(Unreadable { wire: parts.to_wire(body), reason }))
         })
+    }
+
+    /// Writes all but the body, and returns that.
+    pub fn write(&self, to: &mut impl Writer) -> Bytes {
+        match self {
+            Self::Electron(electron) => write_electron(electron, to),
+            Self::Answer(properties) => write_answer(properties, to),
+            Self::Cancel(cancel) => write_cancel(cancel, to),
+            Self::Unreadable(unreadable) => {
+                unreadable.wire.write(to);
+                unreadable.wire.body.clone()
+            }
+        }
     }
 
     /// Reads a message that was taken apart; see [`read`](Self::read).

@@ -7,8 +7,8 @@ use std::{
 };
 
 use atomizer::{
-    Extra, NodeId, SendError,
-    wire::{self, Parts, Wire, header},
+    AtomId, ContentType, Extra, NodeId, SendError,
+    wire::{self, ELECTRON, Parts, Property, Wire, Writer, header},
 };
 use lapin::{
     BasicProperties,
@@ -41,44 +41,134 @@ const DELIVERY_COUNT: &str = "x-delivery-count";
 /// form, so it goes when the message is read: in the queue of an atom it says that the electron was delivered before.
 pub(crate) const PARKED: &str = "atomizer/parked";
 
-/// Turns all but the body into properties. A mark takes the place of the application id.
+/// Properties of AMQP that a message is written to.
+#[derive(Default)]
+pub(crate) struct Writing<'a> {
+    properties: BasicProperties,
+    /// Which header travels as the application id.
+    node: Option<&'static str>,
+    headers: BTreeMap<ShortString, AMQPValue>,
+    /// What takes the place of the application id.
+    mark: Option<ShortString>,
+    /// The atom in whose queue the message is to be. Of an electron there it goes without saying what it is, which atom
+    /// it is for, and that it is JSON. Whatever is said costs the broker.
+    queue: Option<&'a AtomId>,
+    metadata_bytes: usize,
+    error: Option<SendError>,
+}
+
+impl<'a> Writing<'a> {
+    pub(crate) fn marked(mark: ShortString) -> Self {
+        Self { mark: Some(mark), ..Self::default() }
+    }
+
+    pub(crate) fn for_queue_of(atom: &'a AtomId) -> Self {
+        Self { queue: Some(atom), ..Self::default() }
+    }
+
+    /// Returns what was written.
+    ///
+    /// # Errors
+    /// [`SendError::TooLarge`] when something is longer than AMQP can say, or all of it than `bytes_max`.
+    pub(crate) fn finish(self, bytes_max: usize) -> Result<BasicProperties, SendError> {
+        let Self { properties, headers, mark, metadata_bytes: bytes, error, .. } = self;
+        if bytes > bytes_max {
+            return Err(SendError::TooLarge { bytes, bytes_max });
+        }
+        if let Some(error) = error {
+            return Err(error);
+        }
+        let properties = match mark {
+            Some(mark) => properties.with_app_id(mark),
+            None => properties,
+        };
+        let properties = properties.with_delivery_mode(PERSISTENT);
+        if headers.is_empty() {
+            Ok(properties)
+        } else {
+            Ok(properties.with_headers(FieldTable::from(headers)))
+        }
+    }
+
+    /// Takes what was made of a part, unless that failed.
+    fn take<T>(&mut self, made: Result<T, SendError>) -> Option<T> {
+        made.map_err(|error| self.error.get_or_insert(error).clone()).ok()
+    }
+
+    fn set(&mut self, change: impl FnOnce(BasicProperties) -> BasicProperties) {
+        self.properties = change(std::mem::take(&mut self.properties));
+    }
+
+    /// Has a header travel as the application id, if it is the one, and can be read again.
+    fn is_node(&mut self, name: &str, value: &str) -> bool {
+        let node = self.node.unwrap_or(header::SENDER);
+        let is_node = name == node && self.mark.is_none() && NodeId::try_new(value).is_ok();
+        if is_node {
+            self.headers.remove(name);
+            let id = value.into();
+            self.set(|properties| properties.with_app_id(id));
+        }
+        is_node
+    }
+
+    fn insert(&mut self, name: &str, value: Result<AMQPValue, SendError>) {
+        let (name, value) = (self.take(short(name)), self.take(value));
+        if let Some((name, value)) = name.zip(value) {
+            self.headers.insert(name, value);
+        }
+    }
+}
+
+impl Writer for Writing<'_> {
+    fn put_property(&mut self, property: Property, value: Cow<'_, str>) {
+        self.metadata_bytes += value.len();
+        let goes_without_saying = match property {
+            Property::Kind => value == ELECTRON,
+            Property::ContentType => value == ContentType::Json.as_str(),
+            _ => false,
+        };
+        if property == Property::Kind {
+            self.node = Some(node_of(Some(&value)));
+        }
+        if goes_without_saying && self.queue.is_some() {
+            return;
+        }
+        let Some(value) = self.take(short(value)) else { return };
+        self.set(|properties| match property {
+            Property::Kind => properties.with_type(value),
+            Property::Id => properties.with_message_id(value),
+            Property::CorrelationId => properties.with_correlation_id(value),
+            Property::ReplyTo => properties.with_reply_to(value),
+            Property::ContentType => properties.with_content_type(value),
+        });
+    }
+
+    fn put_header(&mut self, name: &'static str, value: Cow<'_, str>) {
+        self.metadata_bytes += name.len() + value.len();
+        if name == header::ATOM && self.queue.is_some_and(|atom| atom.as_str() == value) {
+            self.headers.remove(name);
+        } else if !self.is_node(name, &value) {
+            self.insert(name, Ok(AMQPValue::LongString(value.into_owned().into())));
+        }
+    }
+
+    fn put_extra(&mut self, name: &str, value: &Value) {
+        self.metadata_bytes += name.len();
+        self.metadata_bytes += value.as_str().map_or_else(|| value.to_string().len(), str::len);
+        if !value.as_str().is_some_and(|value| self.is_node(name, value)) {
+            self.insert(name, to_amqp(value));
+        }
+    }
+}
+
+/// Turns all of a message that was taken apart, but its body, into properties.
 ///
 /// # Errors
-/// [`SendError::TooLarge`] when something is longer than AMQP can say.
-pub(crate) fn properties(
-    mut wire: Wire,
-    mark: Option<ShortString>,
-) -> Result<BasicProperties, SendError> {
-    let app_id = match mark {
-        None => node(&mut wire).map(short).transpose()?,
-        mark => mark,
-    };
-    let headers: Result<BTreeMap<ShortString, AMQPValue>, SendError> =
-        wire.headers.into_iter().map(|(name, value)| Ok((short(name)?, to_amqp(value)?))).collect();
-    let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-    let headers = headers?;
-    if !headers.is_empty() {
-        properties = properties.with_headers(FieldTable::from(headers));
-    }
-    if let Some(app_id) = app_id {
-        properties = properties.with_app_id(app_id);
-    }
-    if let Some(kind) = wire.kind {
-        properties = properties.with_type(short(kind)?);
-    }
-    if let Some(id) = wire.id {
-        properties = properties.with_message_id(short(id)?);
-    }
-    if let Some(id) = wire.correlation_id {
-        properties = properties.with_correlation_id(short(id)?);
-    }
-    if let Some(reply_to) = wire.reply_to {
-        properties = properties.with_reply_to(short(reply_to)?);
-    }
-    if let Some(content_type) = wire.content_type {
-        properties = properties.with_content_type(short(content_type)?);
-    }
-    Ok(properties)
+/// See [`Writing::finish`].
+pub(crate) fn properties(wire: &Wire) -> Result<BasicProperties, SendError> {
+    let mut writing = Writing::default();
+    wire.write(&mut writing);
+    writing.finish(usize::MAX)
 }
 
 /// Which header travels as the application id: which node a message is from. Brokers read the table of headers of each
@@ -87,19 +177,11 @@ fn node_of(kind: Option<&str>) -> &'static str {
     if kind == Some(wire::ANSWER) { header::NODE } else { header::SENDER }
 }
 
-/// Takes out the header that travels as the application id, if that can be read again.
-fn node(wire: &mut Wire) -> Option<String> {
-    let name = node_of(wire.kind.as_deref());
-    let node =
-        wire.headers.get(name)?.as_str().filter(|node| NodeId::try_new(*node).is_ok())?.to_owned();
-    wire.headers.remove(name);
-    Some(node)
-}
-
 /// Short strings have a length of one byte (AMQP 0-9-1, 4.2.5.3).
-fn short(text: String) -> Result<ShortString, SendError> {
+fn short<'a>(text: impl Into<Cow<'a, str>>) -> Result<ShortString, SendError> {
+    let text = text.into();
     let bytes = text.len();
-    ShortString::try_new(text)
+    ShortString::try_new(text.into_owned())
         .map_err(|_| SendError::TooLarge { bytes, bytes_max: usize::from(u8::MAX) })
 }
 
@@ -187,25 +269,23 @@ pub(crate) fn is_the_brokers(name: &str) -> bool {
         .any(|owned| if owned.ends_with('-') { name.starts_with(owned) } else { name == *owned })
 }
 
-fn to_amqp(value: Value) -> Result<AMQPValue, SendError> {
+fn to_amqp(value: &Value) -> Result<AMQPValue, SendError> {
     Ok(match value {
         Value::Null => AMQPValue::Void,
-        Value::Bool(bool) => AMQPValue::Boolean(bool),
+        Value::Bool(bool) => AMQPValue::Boolean(*bool),
         Value::Number(number) => match (number.as_i64(), number.as_f64()) {
             (Some(integer), _) => AMQPValue::LongLongInt(integer),
             (None, Some(float)) => AMQPValue::Double(float),
             (None, None) => AMQPValue::LongString(number.to_string().into()),
         },
-        Value::String(text) => AMQPValue::LongString(text.into()),
+        Value::String(text) => AMQPValue::LongString(text.as_str().into()),
         Value::Array(values) => {
-            let values: Result<Vec<_>, _> = values.into_iter().map(to_amqp).collect();
+            let values: Result<Vec<_>, _> = values.iter().map(to_amqp).collect();
             AMQPValue::FieldArray(values?.into())
         }
         Value::Object(fields) => {
-            let fields: Result<BTreeMap<_, _>, SendError> = fields
-                .into_iter()
-                .map(|(name, value)| Ok((short(name)?, to_amqp(value)?)))
-                .collect();
+            let fields: Result<BTreeMap<_, _>, SendError> =
+                (fields.iter()).map(|(name, value)| Ok((short(name)?, to_amqp(value)?))).collect();
             AMQPValue::FieldTable(fields?.into())
         }
     })
@@ -250,6 +330,7 @@ fn lossy(bytes: &[u8]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use atomizer::{Electron, Message, Payload, Properties};
     use bytes::Bytes;
     use serde_json::json;
 
@@ -264,7 +345,7 @@ mod tests {
         let headers: BTreeMap<_, _> = headers.as_object().unwrap().clone().into_iter().collect();
         let mut before = Wire::default();
         before.headers.clone_from(&headers);
-        let after = properties(before, None).unwrap();
+        let after = properties(&before).unwrap();
         assert_eq!(Arrived(&after).headers_but(&[]), headers);
         assert_eq!(redeliveries(&after, false), 0);
     }
@@ -273,8 +354,50 @@ mod tests {
     fn what_amqp_cannot_say_is_an_error() {
         let mut wire = Wire::default();
         wire.correlation_id = Some("x".repeat(256));
-        let error = properties(wire, None).unwrap_err();
+        let error = properties(&wire).unwrap_err();
         assert_eq!(error, SendError::TooLarge { bytes: 256, bytes_max: 255 });
+    }
+
+    #[test]
+    fn a_message_says_the_same_in_place_as_taken_apart() {
+        let mut electron = Electron::new(AtomId::from_static("double"), Payload::json("21"));
+        electron.sender = Some(NodeId::from_static("agent-0badcafe"));
+        electron.attempts = 2;
+        let node = NodeId::from_static("agent-1badcafe");
+        let answer = Properties::new(&electron, node, Ok(Payload::json("42")));
+        let mut of_others = electron.clone();
+        // Where somebody uses our names, our word counts.
+        for (name, value) in [("traceparent", "00"), (header::ATOM, "x"), (header::SENDER, "y")] {
+            of_others.extra.insert(name.to_owned(), value.into());
+        }
+        for message in [electron.into(), Message::from(answer), of_others.into()] {
+            let mut writing = Writing::default();
+            message.write(&mut writing);
+            let wire = Wire::from(&message);
+            assert_eq!(writing.finish(usize::MAX).unwrap(), properties(&wire).unwrap());
+        }
+    }
+
+    #[test]
+    fn in_the_queue_of_its_atom_an_electron_says_little() {
+        let (atom, other) = (AtomId::from_static("double"), AtomId::from_static("half"));
+        let mut electron = Electron::new(atom.clone(), Payload::json("21"));
+        electron.extra.insert(header::ATOM.to_owned(), "x".into());
+        let message = Message::from(electron);
+        let written = |queue| {
+            let mut writing = Writing::for_queue_of(queue);
+            message.write(&mut writing);
+            writing.finish(usize::MAX).unwrap()
+        };
+        let said = written(&atom);
+        assert_eq!((said.kind(), said.content_type(), said.headers()), (&None, &None, &None));
+        let Message::Electron(read) = Message::read(&Arrived(&said), "21".into(), Some(&atom))
+        else {
+            panic!("it can be read")
+        };
+        assert_eq!(read.atom, atom);
+        let said = written(&other);
+        assert_eq!(Arrived(&said).header(header::ATOM).unwrap().unwrap(), "double");
     }
 
     #[test]
@@ -282,7 +405,7 @@ mod tests {
         let parked = BasicProperties::default().with_app_id("atomizer/parked.7".into());
         assert_eq!(redeliveries(&parked, false), 1);
         let read = Arrived(&parked).to_wire(Bytes::new());
-        assert_eq!(*properties(read, None).unwrap().app_id(), None, "the mark is not kept");
+        assert_eq!(*properties(&read).unwrap().app_id(), None, "the mark is not kept");
         let other = BasicProperties::default().with_app_id("billing".into());
         assert_eq!(redeliveries(&other, false), 0);
     }
@@ -293,14 +416,16 @@ mod tests {
             let mut wire = Wire::default();
             wire.kind = kind.map(ToOwned::to_owned);
             wire.headers.insert(name.to_owned(), "agent-0badcafe".into());
-            let sent = properties(wire.clone(), None).unwrap();
+            let sent = properties(&wire).unwrap();
             assert_eq!(sent.app_id().as_ref().map(ShortString::as_str), Some("agent-0badcafe"));
             assert_eq!(*sent.headers(), None, "that is all");
             let arrived = Arrived(&sent);
             assert_eq!(arrived.header(name).unwrap().unwrap(), "agent-0badcafe");
             assert_eq!(arrived.headers_but(&[]), wire.headers);
             assert_eq!(arrived.headers_but(&[name]), Extra::new());
-            let marked = properties(wire.clone(), Some(PARKED.into())).unwrap();
+            let mut marked = Writing::marked(PARKED.into());
+            wire.write(&mut marked);
+            let marked = marked.finish(usize::MAX).unwrap();
             assert_eq!(Arrived(&marked).headers_but(&[]), wire.headers, "beside a mark");
         }
         let other = BasicProperties::default().with_app_id("no node".into());
@@ -312,7 +437,7 @@ mod tests {
         for sender in [json!("x".repeat(300)), json!("a b"), json!(["a"])] {
             let mut wire = Wire::default();
             wire.headers.insert(header::SENDER.to_owned(), sender);
-            let sent = properties(wire.clone(), None).unwrap();
+            let sent = properties(&wire).unwrap();
             assert_eq!(*sent.app_id(), None);
             assert_eq!(
                 Arrived(&sent).headers_but(&[]),

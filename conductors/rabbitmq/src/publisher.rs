@@ -8,8 +8,8 @@ use std::{
 };
 
 use atomizer::{
-    Address, ContentType, Envelope, Limits, Message, SendError,
-    wire::{ELECTRON, METADATA_BYTES_MAX, Wire, header},
+    Address, Envelope, Limits, Message, SendError,
+    wire::{METADATA_BYTES_MAX, Wire, header},
 };
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -17,7 +17,6 @@ use lapin::{
     BasicProperties, Channel, Confirmation, ErrorKind, options::BasicPublishOptions,
     protocol::AMQPSoftError, types::ShortString,
 };
-use serde_json::Value;
 use slab::Slab;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -28,7 +27,7 @@ use crate::{
     aside::{Aside, Destination, Found},
     clock,
     connect::plain,
-    convert,
+    convert::{self, Writing},
     declare::refusal,
     delay::Ladder,
     life::Life,
@@ -191,34 +190,30 @@ impl Publisher {
         mut route: Route,
         via: &Via,
     ) -> Result<Publication, SendError> {
-        let mut wire = Wire::from(Message::clone(&envelope.message));
-        let body = std::mem::take(&mut wire.body);
-        if let Address::DeadLetter(_) = envelope.to {
-            // What came from the broker goes back to it: our own limit must not keep it here for ever.
-            trim(&mut wire);
-        } else {
-            check(body.len(), self.limits.payload_bytes_max)?;
-        }
-        check(wire.metadata_bytes(), METADATA_BYTES_MAX)?;
         let (to, delayed) = (envelope.to.clone(), !envelope.delay.is_zero());
-        let mark = match via {
-            Via::Address => None,
-            Via::Lease { exchange, mark } => {
-                route.exchange = exchange.clone();
-                Some(mark.clone())
+        let mut writing = match (via, &to, &envelope.message) {
+            (Via::Address, Address::Atom(atom), Message::Electron(_)) if !delayed => {
+                Writing::for_queue_of(atom)
             }
-            Via::Back => Some(convert::PARKED.into()),
+            (Via::Address, ..) => Writing::default(),
+            (Via::Lease { exchange, mark }, ..) => {
+                route.exchange = exchange.clone();
+                Writing::marked(mark.clone())
+            }
+            (Via::Back, ..) => Writing::marked(convert::PARKED.into()),
         };
-        if let (Via::Address, Address::Atom(atom), false) = (via, &to, delayed)
-            && wire.headers.get(header::ATOM).and_then(Value::as_str) == Some(atom.as_str())
-        {
-            // The queue says so.
-            wire.headers.remove(header::ATOM);
-            // These go without saying. Every property costs the broker.
-            wire.kind.take_if(|kind| kind == ELECTRON);
-            wire.content_type.take_if(|of| of == ContentType::Json.as_str());
-        }
-        let mut properties = convert::properties(wire, mark)?;
+        let body = if let Address::DeadLetter(_) = to {
+            // What came from the broker goes back to it: our own limits must not keep it here for ever.
+            let mut wire = Wire::from(&envelope.message);
+            trim(&mut wire);
+            wire.write(&mut writing);
+            wire.body
+        } else {
+            let body = envelope.message.write(&mut writing);
+            check(body.len(), self.limits.payload_bytes_max)?;
+            body
+        };
+        let mut properties = writing.finish(METADATA_BYTES_MAX)?;
         if let Address::Atom(_) = to {
             properties = properties.with_timestamp(clock::seconds_at(envelope.delay));
         }

@@ -299,9 +299,9 @@ impl RabbitSession {
     /// be waited for. Who does not read it within a minute need not.
     async fn tell_all(&self, message: &Message) -> Result<(), SendError> {
         let Route { exchange, key } = self.topology.route(&To::Nodes)?;
-        let mut wire = Wire::from(Message::clone(message));
+        let mut wire = Wire::from(message);
         let body = std::mem::take(&mut wire.body);
-        let properties = convert::properties(wire, None)?.with_expiration(TOLD_FOR_MS.into());
+        let properties = convert::properties(&wire)?.with_expiration(TOLD_FOR_MS.into());
         let publish = async |channel: &Channel| {
             let options = BasicPublishOptions::default();
             channel.basic_publish(exchange, key, options, &body, properties).await?.await

@@ -98,13 +98,13 @@ impl Back {
             }
             electron.payload = payload.clone();
         }
-        let mut wire = Wire::from(Message::from(electron));
+        let mut wire = Wire::from(&Message::from(electron));
         let body = std::mem::take(&mut wire.body);
         let (bytes, bytes_max) = (wire.metadata_bytes(), METADATA_BYTES_MAX);
         if bytes > bytes_max {
             return Err(never(&SendError::TooLarge { bytes, bytes_max }));
         }
-        let properties = convert::properties(wire, None).map_err(|error| never(&error))?;
+        let properties = convert::properties(&wire).map_err(|error| never(&error))?;
         Ok(Outgoing { exchange: route.exchange, key: route.key, properties, body })
     }
 

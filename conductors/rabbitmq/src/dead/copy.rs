@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::SystemTime};
 
 use atomizer::{
-    AtomId, BrokerDeath, DeadLetter, Message, Reason,
+    AtomId, BrokerDeath, DeadLetter, Reason,
     wire::{Parts as _, Wire, header, timestamp},
 };
 use bytes::Bytes;
@@ -69,7 +69,7 @@ pub(super) fn mark(properties: &BasicProperties) -> Option<String> {
 /// The payload of a letter.
 pub(super) fn body(letter: &DeadLetter) -> Bytes {
     match &letter.message {
-        Some(message) => Wire::from(Message::clone(message)).body,
+        Some(message) => Wire::from(message).body,
         None => Bytes::new(),
     }
 }
