@@ -46,8 +46,8 @@ pub(crate) enum ConnectError {
     Server(String),
 }
 
-/// Makes a connection, of which nothing is left when the future is dropped. Each step may take
-/// `limit`.
+/// Makes a connection, of which nothing is left when the future is dropped. Connecting to all addresses of
+/// the host together takes no longer than `limit`; all else is for the caller to limit.
 pub(crate) async fn connect(
     uri: AMQPUri,
     tls: Option<Tls>,
@@ -85,14 +85,13 @@ async fn dial(to: &AMQPAuthority, tls: Option<Tls>, limit: Duration) -> io::Resu
     let tcp = reach(&to.host, to.port, limit).await?;
     match tls {
         None => Ok(Box::new(tcp)),
-        Some(tls) => timeout(limit, tls.encrypt(tcp, &to.host)).await.map_err(|_| no_answer())?,
+        Some(tls) => tls.encrypt(tcp, &to.host).await,
     }
 }
 
 /// Connects to the first address of a host that answers; each may take its share of the time.
 async fn reach(host: &str, port: u16, limit: Duration) -> io::Result<Tcp> {
-    let found = timeout(limit, lookup_host((host, port))).await.map_err(|_| no_answer())??;
-    let addresses: Vec<_> = found.collect();
+    let addresses: Vec<_> = lookup_host((host, port)).await?.collect();
     let share = limit / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in addresses {
@@ -248,14 +247,17 @@ impl Reactor for Sockets {
 #[cfg(test)]
 mod tests {
     use futures::{StreamExt, stream};
-    use tokio::net::TcpListener;
+    use tokio::net::TcpSocket;
 
     use super::*;
 
     /// The client would lose about one refusal in a few thousand on its way from its thread.
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn a_refused_connection_is_told_each_time() {
-        let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        // It has the port, and does not listen.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let nobody = socket.local_addr().unwrap();
         let refused = async |_| {
             let uri = format!("amqp://{nobody}").parse().unwrap();
             let limit = Duration::from_secs(60);
