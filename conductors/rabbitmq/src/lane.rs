@@ -153,8 +153,15 @@ pub(crate) struct Settler {
     pub(crate) parked: Option<Held>,
 }
 
-/// A delivery by its key, what of its emission is not safe, and who waits for the result.
-type Published = (u64, Vec<(Envelope, SendError)>, Done);
+/// What was published for a delivery.
+struct Published {
+    key: u64,
+    /// What of it is not safe.
+    failed: Vec<(Envelope, SendError)>,
+    /// Whether it was moved to the lease queue, to make room in the window: that is not gathered.
+    makes_room: bool,
+    done: Done,
+}
 
 /// What a settler has under way.
 #[derive(Default)]
@@ -194,7 +201,7 @@ impl Settler {
             tokio::select! {
                 count = self.commands.recv_many(&mut commands, COMMANDS_MAX) => {
                     if count == 0 {
-                        return;
+                        return self.end(work).await;
                     }
                 }
                 Some(published) = work.publishing.next() => self.published(published, &mut work),
@@ -213,6 +220,14 @@ impl Settler {
             if let Err(error) = self.finish(&mut work).await {
                 return work.lost(&error);
             }
+        }
+    }
+
+    /// Sends what is still gathered: the channel may live on when its consumer has ended.
+    async fn end(&mut self, mut work: Work) {
+        work.flush_at = Some(Instant::now());
+        if let Err(error) = self.finish(&mut work).await {
+            work.lost(&error);
         }
     }
 
@@ -304,11 +319,11 @@ impl Settler {
         }
     }
 
-    fn renewal_published(&mut self, mark: &str, (key, failed, _): &Published) {
+    fn renewal_published(&mut self, mark: &str, &Published { key, ref failed, .. }: &Published) {
         let Some(held) = &mut self.parked else { return };
-        let Some((_, error)) = failed.first() else { return held.renewal_confirmed(*key, mark) };
+        let Some((_, error)) = failed.first() else { return held.renewal_confirmed(key, mark) };
         tracing::warn!(%error, "a parked electron is not renewed yet");
-        let put_off = held.not_renewed(*key, mark, was_never_sent(failed));
+        let put_off = held.not_renewed(key, mark, was_never_sent(failed));
         self.again(put_off);
     }
 
@@ -325,9 +340,13 @@ impl Settler {
         }
     }
 
-    fn published(&mut self, (key, failed, done): Published, work: &mut Work) {
+    fn published(&mut self, published: Published, work: &mut Work) {
+        let Published { key, failed, makes_room, done } = published;
         if failed.is_empty() {
             self.remove(key, work);
+            if makes_room {
+                work.flush_at = Some(Instant::now());
+            }
             work.settled.push((key, done));
         } else if failed.iter().any(|(_, error)| matches!(error, SendError::Unknown(_))) {
             // The session is ending, or ends now: the delivery comes again, and there is nothing more to decide.
@@ -456,7 +475,8 @@ async fn publish(
     let failed = emit.into_iter().zip(results);
     let failed =
         failed.filter_map(|(envelope, result)| result.err().map(|error| (envelope, error)));
-    (key, failed.collect(), done)
+    let makes_room = matches!(via, Via::Lease { .. });
+    Published { key, failed: failed.collect(), makes_room, done }
 }
 
 /// What of its window a consumer uses.

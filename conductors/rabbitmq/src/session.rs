@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use atomizer::{
     Address as To, AtomId, Census, Electron, Envelope, Epoch, Limits, Message, NodeId, OpenError,
     Outcome, ReplyTo, ResultsId, SendError, Session, SessionError, SettleError, Source,
-    Subscription, Ticket, wire::Wire,
+    Subscription, Ticket, wire::METADATA_BYTES_MAX,
 };
 use futures::future::join_all;
 use lapin::{
@@ -37,7 +37,7 @@ use tokio::{
 use crate::{
     aside::{Aside, Suspects},
     connect::{Address, Connected, Patience, plain},
-    convert,
+    convert::Writing,
     declare::{Declarer, NOT_MADE, found, on_own_channel, refusal},
     delay::Ladder,
     inbox::Inboxes,
@@ -299,9 +299,9 @@ impl RabbitSession {
     /// be waited for. Who does not read it within a minute need not.
     async fn tell_all(&self, message: &Message) -> Result<(), SendError> {
         let Route { exchange, key } = self.topology.route(&To::Nodes)?;
-        let mut wire = Wire::from(message);
-        let body = std::mem::take(&mut wire.body);
-        let properties = convert::properties(&wire)?.with_expiration(TOLD_FOR_MS.into());
+        let mut writing = Writing::default();
+        let body = message.write(&mut writing);
+        let properties = writing.finish(METADATA_BYTES_MAX)?.with_expiration(TOLD_FOR_MS.into());
         let publish = async |channel: &Channel| {
             let options = BasicPublishOptions::default();
             channel.basic_publish(exchange, key, options, &body, properties).await?.await
@@ -511,6 +511,7 @@ impl Session for RabbitSession {
         window: NonZeroUsize,
     ) -> Result<Box<dyn Subscription>, SessionError> {
         let is_inbox = source == Source::Inbox;
+        let is_results = matches!(source, Source::Results(_));
         let (queue, atom) = match source {
             Source::Atom(atom) => {
                 self.declare_atom(&atom).await.map_err(SessionError::lost)?;
@@ -549,8 +550,10 @@ impl Session for RabbitSession {
             }
         }
         let gone = Arc::<AtomicU64>::default();
+        // Who reads outcomes waits for each to be removed.
+        let gathered_max = if is_results { 1 } else { gathered_max(prefetch) };
         let (id, settler_gone) =
-            self.add_lane(&channel, &queue, gathered_max(prefetch), Arc::clone(&gone), None);
+            self.add_lane(&channel, &queue, gathered_max, Arc::clone(&gone), None);
         let life = self.life.clone();
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
