@@ -1,8 +1,8 @@
 //! The form of messages outside a process: some properties, some headers, the payload as it is.
 //!
-//! A conductor that leaves the process turns [`Message`]s into [`Wire`] and back here, and moves the parts
-//! of a `Wire` by its own means. `docs/wire.md` is the reference; the golden vectors in the tests of this
-//! module hold it still.
+//! A conductor that leaves the process writes [`Message`]s to its own form of these parts, a [`Writer`], and reads
+//! them from it, as [`Parts`]; or it has them taken apart into a [`Wire`], and moves that by its own means.
+//! `docs/wire.md` is the reference; the golden vectors in the tests of this module hold it still.
 
 use std::{
     borrow::Cow,

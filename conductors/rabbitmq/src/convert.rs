@@ -8,7 +8,7 @@ use std::{
 
 use atomizer::{
     AtomId, ContentType, Extra, NodeId, SendError,
-    wire::{self, ELECTRON, Parts, Property, Wire, Writer, header},
+    wire::{self, ELECTRON, Parts, Property, Writer, header},
 };
 use lapin::{
     BasicProperties,
@@ -92,15 +92,21 @@ impl<'a> Writing<'a> {
 
     /// Takes what was made of a part, unless that failed.
     fn take<T>(&mut self, made: Result<T, SendError>) -> Option<T> {
-        made.map_err(|error| self.error.get_or_insert(error).clone()).ok()
+        match made {
+            Ok(made) => Some(made),
+            Err(error) => {
+                self.error.get_or_insert(error);
+                None
+            }
+        }
     }
 
     fn set(&mut self, change: impl FnOnce(BasicProperties) -> BasicProperties) {
         self.properties = change(std::mem::take(&mut self.properties));
     }
 
-    /// Has a header travel as the application id, if it is the one, and can be read again.
-    fn is_node(&mut self, name: &str, value: &str) -> bool {
+    /// Has a header travel as the application id, and returns true, if it is the one, and can be read again.
+    fn take_node(&mut self, name: &str, value: &str) -> bool {
         let node = self.node.unwrap_or(header::SENDER);
         let is_node = name == node && self.mark.is_none() && NodeId::try_new(value).is_ok();
         if is_node {
@@ -147,7 +153,7 @@ impl Writer for Writing<'_> {
         self.metadata_bytes += name.len() + value.len();
         if name == header::ATOM && self.queue.is_some_and(|atom| atom.as_str() == value) {
             self.headers.remove(name);
-        } else if !self.is_node(name, &value) {
+        } else if !self.take_node(name, &value) {
             self.insert(name, Ok(AMQPValue::LongString(value.into_owned().into())));
         }
     }
@@ -155,20 +161,10 @@ impl Writer for Writing<'_> {
     fn put_extra(&mut self, name: &str, value: &Value) {
         self.metadata_bytes += name.len();
         self.metadata_bytes += value.as_str().map_or_else(|| value.to_string().len(), str::len);
-        if !value.as_str().is_some_and(|value| self.is_node(name, value)) {
+        if !value.as_str().is_some_and(|value| self.take_node(name, value)) {
             self.insert(name, to_amqp(value));
         }
     }
-}
-
-/// Turns all of a message that was taken apart, but its body, into properties.
-///
-/// # Errors
-/// See [`Writing::finish`].
-pub(crate) fn properties(wire: &Wire) -> Result<BasicProperties, SendError> {
-    let mut writing = Writing::default();
-    wire.write(&mut writing);
-    writing.finish(usize::MAX)
 }
 
 /// Which header travels as the application id: which node a message is from. Brokers read the table of headers of each
@@ -330,11 +326,17 @@ fn lossy(bytes: &[u8]) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use atomizer::{Electron, Message, Payload, Properties};
+    use atomizer::{Electron, Message, Payload, Properties, wire::Wire};
     use bytes::Bytes;
     use serde_json::json;
 
     use super::*;
+
+    fn properties(wire: &Wire) -> Result<BasicProperties, SendError> {
+        let mut writing = Writing::default();
+        wire.write(&mut writing);
+        writing.finish(usize::MAX)
+    }
 
     #[test]
     fn headers_of_others_survive_a_round_trip() {

@@ -52,6 +52,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the reason may take that a channel is closed.
 const REASON_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// The most that properties and headers of a dead letter may take, where not even trimming helps: half of a
+/// frame, as RabbitMQ has it by default. What does not fit into one costs the connection.
+const DEAD_METADATA_BYTES_MAX: usize = 64 * 1024;
+
 type Results = Vec<Result<(), SendError>>;
 
 /// What there is to say of a publish beyond its address.
@@ -202,18 +206,18 @@ impl Publisher {
             }
             (Via::Back, ..) => Writing::marked(convert::PARKED.into()),
         };
-        let body = if let Address::DeadLetter(_) = to {
+        let (body, metadata_bytes_max) = if let Address::DeadLetter(_) = to {
             // What came from the broker goes back to it: our own limits must not keep it here for ever.
             let mut wire = Wire::from(&envelope.message);
             trim(&mut wire);
             wire.write(&mut writing);
-            wire.body
+            (wire.body, DEAD_METADATA_BYTES_MAX)
         } else {
             let body = envelope.message.write(&mut writing);
             check(body.len(), self.limits.payload_bytes_max)?;
-            body
+            (body, METADATA_BYTES_MAX)
         };
-        let mut properties = writing.finish(METADATA_BYTES_MAX)?;
+        let mut properties = writing.finish(metadata_bytes_max)?;
         if let Address::Atom(_) = to {
             properties = properties.with_timestamp(clock::seconds_at(envelope.delay));
         }

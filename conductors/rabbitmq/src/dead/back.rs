@@ -4,7 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use atomizer::{
     Address as To, AtomId, Electron, Message, Payload, SendError, SessionError,
-    wire::{METADATA_BYTES_MAX, Wire},
+    wire::METADATA_BYTES_MAX,
 };
 use lapin::{Channel, options::ConfirmSelectOptions};
 use tokio::time::{Instant, sleep_until};
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     connect::plain,
-    convert,
+    convert::Writing,
     declare::refusal,
     life::{REQUEST_TIMEOUT, close},
     opened::Opened,
@@ -98,13 +98,9 @@ impl Back {
             }
             electron.payload = payload.clone();
         }
-        let mut wire = Wire::from(&Message::from(electron));
-        let body = std::mem::take(&mut wire.body);
-        let (bytes, bytes_max) = (wire.metadata_bytes(), METADATA_BYTES_MAX);
-        if bytes > bytes_max {
-            return Err(never(&SendError::TooLarge { bytes, bytes_max }));
-        }
-        let properties = convert::properties(&wire).map_err(|error| never(&error))?;
+        let mut writing = Writing::default();
+        let body = Message::from(electron).write(&mut writing);
+        let properties = writing.finish(METADATA_BYTES_MAX).map_err(|error| never(&error))?;
         Ok(Outgoing { exchange: route.exchange, key: route.key, properties, body })
     }
 
