@@ -158,8 +158,8 @@ struct Published {
     key: u64,
     /// What of it is not safe.
     failed: Vec<(Envelope, SendError)>,
-    /// Whether it was moved to the lease queue, to make room in the window: that is not gathered.
-    makes_room: bool,
+    /// Whether it was parked, which somebody waits for: a full window has no room before it is. It is not gathered.
+    parked: bool,
     done: Done,
 }
 
@@ -225,6 +225,9 @@ impl Settler {
 
     /// Sends what is still gathered: the channel may live on when its consumer has ended.
     async fn end(&mut self, mut work: Work) {
+        while let Some(Some(published)) = work.publishing.next().now_or_never() {
+            self.published(published, &mut work);
+        }
         work.flush_at = Some(Instant::now());
         if let Err(error) = self.finish(&mut work).await {
             work.lost(&error);
@@ -341,10 +344,10 @@ impl Settler {
     }
 
     fn published(&mut self, published: Published, work: &mut Work) {
-        let Published { key, failed, makes_room, done } = published;
+        let Published { key, failed, parked, done } = published;
         if failed.is_empty() {
             self.remove(key, work);
-            if makes_room {
+            if parked {
                 work.flush_at = Some(Instant::now());
             }
             work.settled.push((key, done));
@@ -396,6 +399,7 @@ impl Settler {
     /// Acknowledges in groups what is gathered by now.
     async fn acknowledge(&self, work: &mut Work) -> Result<(), SessionError> {
         if work.acks.untold() == 0 {
+            work.flush_at = None;
             return Ok(());
         }
         let flush_at = *work.flush_at.get_or_insert_with(|| Instant::now() + GATHERED_WITHIN);
@@ -475,8 +479,8 @@ async fn publish(
     let failed = emit.into_iter().zip(results);
     let failed =
         failed.filter_map(|(envelope, result)| result.err().map(|error| (envelope, error)));
-    let makes_room = matches!(via, Via::Lease { .. });
-    Published { key, failed: failed.collect(), makes_room, done }
+    let parked = matches!(via, Via::Lease { .. });
+    Published { key, failed: failed.collect(), parked, done }
 }
 
 /// What of its window a consumer uses.

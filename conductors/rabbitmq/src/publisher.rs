@@ -17,6 +17,7 @@ use lapin::{
     BasicProperties, Channel, Confirmation, ErrorKind, options::BasicPublishOptions,
     protocol::AMQPSoftError, types::ShortString,
 };
+use serde_json::Value;
 use slab::Slab;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -52,9 +53,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the reason may take that a channel is closed.
 const REASON_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The most that properties and headers of a dead letter may take, where not even trimming helps: half of a
-/// frame, as RabbitMQ has it by default. What does not fit into one costs the connection.
-const DEAD_METADATA_BYTES_MAX: usize = 64 * 1024;
+/// How much of the reason is kept why a dead letter could not be read, when it does not fit.
+const UNREADABLE_BYTES_MAX: usize = 1024;
 
 type Results = Vec<Result<(), SendError>>;
 
@@ -206,18 +206,18 @@ impl Publisher {
             }
             (Via::Back, ..) => Writing::marked(convert::PARKED.into()),
         };
-        let (body, metadata_bytes_max) = if let Address::DeadLetter(_) = to {
+        let body = if let Address::DeadLetter(_) = to {
             // What came from the broker goes back to it: our own limits must not keep it here for ever.
             let mut wire = Wire::from(&envelope.message);
             trim(&mut wire);
             wire.write(&mut writing);
-            (wire.body, DEAD_METADATA_BYTES_MAX)
+            wire.body
         } else {
             let body = envelope.message.write(&mut writing);
             check(body.len(), self.limits.payload_bytes_max)?;
-            (body, METADATA_BYTES_MAX)
+            body
         };
-        let mut properties = writing.finish(metadata_bytes_max)?;
+        let mut properties = writing.finish(METADATA_BYTES_MAX)?;
         if let Address::Atom(_) = to {
             properties = properties.with_timestamp(clock::seconds_at(envelope.delay));
         }
@@ -256,15 +256,23 @@ fn check(bytes: usize, bytes_max: usize) -> Result<(), SendError> {
     if bytes > bytes_max { Err(SendError::TooLarge { bytes, bytes_max }) } else { Ok(()) }
 }
 
-/// Leaves out headers until the rest fits: first those of others, then the history.
+/// Leaves out headers until the rest fits: first those of others, then the longest, which is the history for the most
+/// part. They may quote what was longer than they should be in the first place.
 fn trim(wire: &mut Wire) {
     if wire.metadata_bytes() <= METADATA_BYTES_MAX {
         return;
     }
-    tracing::warn!(id = ?wire.id, "headers of a dead letter do not fit; those of others are left out");
+    tracing::warn!(id = ?wire.id, "headers of a dead letter do not fit; some are left out");
     wire.headers.retain(|name, _| name.starts_with(header::PREFIX));
-    if wire.metadata_bytes() > METADATA_BYTES_MAX {
-        wire.headers.remove(header::HISTORY);
+    if let Some(Value::String(reason)) = wire.headers.get_mut(header::UNREADABLE) {
+        reason.truncate(reason.floor_char_boundary(UNREADABLE_BYTES_MAX));
+    }
+    while wire.metadata_bytes() > METADATA_BYTES_MAX {
+        let bytes =
+            |value: &Value| value.as_str().map_or_else(|| value.to_string().len(), str::len);
+        let longest = wire.headers.iter().max_by_key(|(name, value)| name.len() + bytes(value));
+        let Some(longest) = longest.map(|(name, _)| name.clone()) else { return };
+        wire.headers.remove(&longest);
     }
 }
 
@@ -613,9 +621,40 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
     use tokio::time::advance;
 
     use super::*;
+
+    fn letter(headers: &[(&str, Value)]) -> Wire {
+        let mut wire = Wire::default();
+        wire.id = Some("an id".to_owned());
+        for (name, value) in headers {
+            wire.headers.insert((*name).to_owned(), value.clone());
+        }
+        trim(&mut wire);
+        assert!(wire.metadata_bytes() <= METADATA_BYTES_MAX);
+        wire
+    }
+
+    #[test]
+    fn headers_of_a_dead_letter_are_left_out_until_it_fits() {
+        let long = json!("x".repeat(METADATA_BYTES_MAX));
+        let small = [(header::ATOM, json!("double")), ("traceparent", json!("00"))];
+        assert_eq!(letter(&small).headers.len(), 2, "all of it fits");
+        let kept = |headers: &[(&str, Value)]| {
+            let all = [&small, headers].concat();
+            letter(&all).headers.into_keys().collect::<Vec<_>>()
+        };
+        assert_eq!(kept(&[("x", long.clone())]), [header::ATOM]);
+        assert_eq!(kept(&[(header::HISTORY, long.clone())]), [header::ATOM]);
+        // What others put under our names, text or not.
+        let many = [("atomizer-x", long.clone()), (header::SENDER, json!(vec![1; 15_000]))];
+        assert_eq!(kept(&many), [header::ATOM]);
+        let unreadable = [(header::UNREADABLE, json!("ä".repeat(METADATA_BYTES_MAX)))];
+        assert_eq!(kept(&unreadable), [header::ATOM, header::UNREADABLE]);
+        assert_eq!(letter(&unreadable).headers[header::UNREADABLE], json!("ä".repeat(512)));
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_session_is_given_up_when_many_are_declined_in_a_row_but_not_one_after_the_other() {
