@@ -16,8 +16,18 @@ impl Tls {
     }
 
     #[expect(clippy::unused_async, reason = "as where there is TLS")]
-    pub(crate) async fn encrypt(&self, _: Tcp, _: &str) -> io::Result<Transport> {
+    pub(crate) async fn ready(&self, _: &str) -> io::Result<Ready> {
         match *self {}
+    }
+}
+
+/// Nor of this.
+pub(crate) enum Ready {}
+
+impl Ready {
+    #[expect(clippy::unused_async, reason = "as where there is TLS")]
+    pub(crate) async fn encrypt(self, _: Tcp) -> io::Result<Transport> {
+        match self {}
     }
 }
 

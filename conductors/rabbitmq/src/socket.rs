@@ -28,7 +28,10 @@ use lapin::{
 };
 use tokio::{net::lookup_host, sync::oneshot, time::timeout};
 
-use crate::{server::Server, tls::Tls};
+use crate::{
+    server::Server,
+    tls::{Ready, Tls},
+};
 
 pub(crate) type Tcp = <Tokio as Reactor>::TcpStream;
 
@@ -47,27 +50,34 @@ pub(crate) enum ConnectError {
 }
 
 /// Makes a connection, of which nothing is left when the future is dropped. Connecting to all addresses of
-/// the host together takes no longer than `limit`; all else is for the caller to limit.
+/// the host together takes no longer than `limit`, nor does encrypting; all else is for the caller to limit.
 pub(crate) async fn connect(
     uri: AMQPUri,
     tls: Option<Tls>,
     properties: ConnectionProperties,
     limit: Duration,
 ) -> Result<(Connection, Server), ConnectError> {
-    // Before lapin begins: it tries on a thread of its own, and may lose the error on the way from there.
-    let stream = dial(&uri.authority, tls, limit).await;
-    let stream = stream.map_err(|error| ConnectError::Client(error.into()))?;
+    // Before lapin begins: it dials on a thread of its own, and may lose an error that is there at once.
+    let reached = reach(&uri.authority, tls, limit).await;
+    let reached = reached.map_err(|error| ConnectError::Client(error.into()))?;
     let (established, waited_for) = oneshot::channel();
     let (hear, heard) = oneshot::channel();
     let handshake = Handshake { waited_for, greeting: Vec::new(), hear: Some(hear) };
-    let socket = Mutex::new(Some(Socket { stream, handshake: Some(handshake) }));
+    let reached = Mutex::new(Some((reached, handshake)));
     let kit = RuntimeParts::new(Tokio::current(), Sockets(Tokio::current()));
-    let dialed = async move |_, _| {
-        let socket = socket.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let socket = socket.ok_or(io::ErrorKind::ConnectionAborted);
-        Ok(AsyncTcpStream::Plain(socket.map_err(io::Error::from)?))
+    let dial = async move |_, _| {
+        let reached = reached.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ((tcp, tls), handshake) =
+            reached.ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionAborted))?;
+        // By lapin, which reads at once: a broker that takes no certificate, or wants one, says so when all seems well
+        // (TLS 1.3), and whoever writes to it first loses what it said.
+        let stream: Transport = match tls {
+            None => Box::new(tcp),
+            Some(tls) => timeout(limit, tls.encrypt(tcp)).await.map_err(|_| no_answer())??,
+        };
+        Ok(AsyncTcpStream::Plain(Socket { stream, handshake: Some(handshake) }))
     };
-    let connecting = Connection::connector(uri, Runtime::new(kit), dialed, properties);
+    let connecting = Connection::connector(uri, Runtime::new(kit), dial, properties);
     let checking = async {
         let server = heard.await.unwrap_or_default();
         server.check().map_err(ConnectError::Server)?;
@@ -80,17 +90,21 @@ pub(crate) async fn connect(
     Ok((connection, server))
 }
 
-/// Reaches the broker, and encrypts the way there.
-async fn dial(to: &AMQPAuthority, tls: Option<Tls>, limit: Duration) -> io::Result<Transport> {
-    let tcp = reach(&to.host, to.port, limit).await?;
-    match tls {
-        None => Ok(Box::new(tcp)),
-        Some(tls) => tls.encrypt(tcp, &to.host).await,
-    }
+/// Reaches the broker, and reads what encrypting the way there needs.
+async fn reach(
+    to: &AMQPAuthority,
+    tls: Option<Tls>,
+    limit: Duration,
+) -> io::Result<(Tcp, Option<Ready>)> {
+    let ready = match tls {
+        None => None,
+        Some(tls) => Some(tls.ready(&to.host).await?),
+    };
+    Ok((connect_any(&to.host, to.port, limit).await?, ready))
 }
 
 /// Connects to the first address of a host that answers; each may take its share of the time.
-async fn reach(host: &str, port: u16, limit: Duration) -> io::Result<Tcp> {
+async fn connect_any(host: &str, port: u16, limit: Duration) -> io::Result<Tcp> {
     let addresses: Vec<_> = lookup_host((host, port)).await?.collect();
     let share = limit / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");

@@ -50,16 +50,15 @@ impl Tls {
         Ok(tls)
     }
 
-    /// Encrypts a connection to `host`, whose certificate must be for that name.
-    pub(crate) async fn encrypt(&self, tcp: Tcp, host: &str) -> io::Result<Transport> {
+    /// Reads what encrypting a connection to `host` needs; its certificate must be for that name.
+    pub(crate) async fn ready(&self, host: &str) -> io::Result<Ready> {
         let name = self.server_name.as_deref().unwrap_or(host).to_owned();
         let name = ServerName::try_from(name)
             .map_err(|_| misconfigured("no certificate can be for the name of the broker"))?;
         let tls = self.clone();
         // The system's certificates are many files.
         let config = spawn_blocking(move || tls.config()).await.map_err(io::Error::other)??;
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
-        Ok(Box::new(stream))
+        Ok(Ready { connector: TlsConnector::from(Arc::new(config)), name })
     }
 
     fn config(&self) -> io::Result<ClientConfig> {
@@ -95,6 +94,18 @@ impl Tls {
                 config.with_client_auth_cert(chain, read).map_err(|error| unreadable(key, &error))
             }
         }
+    }
+}
+
+/// All that encrypting a connection needs.
+pub(crate) struct Ready {
+    connector: TlsConnector,
+    name: ServerName<'static>,
+}
+
+impl Ready {
+    pub(crate) async fn encrypt(self, tcp: Tcp) -> io::Result<Transport> {
+        Ok(Box::new(self.connector.connect(self.name, tcp).await?))
     }
 }
 
