@@ -174,7 +174,7 @@ impl Options {
     /// The default is what can run, and as many again, up to 64, that are at hand when one ends. With less, fewer
     /// run; with more, some lie here while other nodes idle. What is [parked](crate::Session::park) is not counted:
     /// parents that wait, and what runs for long. What has ended is, until its acknowledgement is sent: over RabbitMQ
-    /// after up to 10 ms.
+    /// after up to 2 ms.
     ///
     /// # Panics
     /// When `count` is 0.

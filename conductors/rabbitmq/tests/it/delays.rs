@@ -151,7 +151,8 @@ async fn a_delay_whose_queue_was_deleted_is_kept_all_the_same() {
     delete_queue(&vhost, "atomizer.delay.5").await;
     soon(atomizer.send_after::<Note>(wait, 2)).await.unwrap();
     until(&mut events, |kind| matches!(kind, EventKind::SessionLost { .. })).await;
-    assert_eq!(soon(notes.recv()).await.unwrap().0, 2);
+    // The first comes again when its acknowledgement was still gathered.
+    while soon(notes.recv()).await.unwrap().0 != 2 {}
     atomizer.drain().await.unwrap();
     blocking(move || drop(vhost)).await;
 }
