@@ -11,6 +11,7 @@ use atomizer::{
     SendError, Source, prelude::*,
 };
 use atomizer_test_support::Broker;
+use futures::future::join_all;
 use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::support::{
@@ -126,10 +127,12 @@ async fn what_is_due_for_a_deleted_queue_is_a_dead_letter_and_holds_up_nothing()
     const LOST: u64 = 100;
     let vhost = Arc::new(vhost().await);
     let (atomizer, mut notes) = note(&vhost.url()).await;
-    let wait = Duration::from_secs(3);
+    // Long enough for the slowest broker, and waited for once.
+    let wait = Duration::from_secs(15);
     let begun = Instant::now();
-    for number in 0..LOST {
-        atomizer.send_after::<Double>(wait, number).await.unwrap();
+    let lost = (0..LOST).map(|number| atomizer.send_after::<Double>(wait, number));
+    for sent in join_all(lost).await {
+        sent.unwrap();
     }
     atomizer.send_after::<Note>(wait, 7).await.unwrap();
     delete_queue(&vhost, "atomizer.atom.double").await;
