@@ -60,6 +60,7 @@ mod opened;
 mod operate;
 mod plan;
 mod publisher;
+mod quarantine;
 mod returns;
 mod server;
 mod session;
@@ -92,6 +93,7 @@ use connect::{Address, Addresses};
 use events::{RabbitLog, Retention};
 use inbox::Inboxes;
 use publisher::Moves;
+use quarantine::Quarantine;
 use session::{Options, RabbitSession};
 use topology::Topology;
 
@@ -140,6 +142,7 @@ impl RabbitMq {
                 watchdog: watchdog::PERIOD_DEFAULT,
                 moves: Moves::default(),
                 suspects: Suspects::default(),
+                quarantine: Quarantine::default(),
                 inboxes: Inboxes::default(),
             },
         })

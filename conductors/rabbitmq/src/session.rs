@@ -6,7 +6,7 @@ use std::{
     num::NonZeroUsize,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -46,14 +46,14 @@ use crate::{
     life::{
         CLOSE_TIMEOUT, CloseWhenDropped, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over,
     },
+    opened::Opened,
     publisher::{Moves, Publisher, Via},
+    quarantine::{self, Quarantine},
     server::Server,
     topology::{Route, Topology, TopologyMode},
     watchdog::Watchdog,
 };
 
-/// How often in a row the inbox may keep silent: a new leader may be about to be elected.
-const SILENCES_MAX: u32 = 2;
 /// How long deleting a queue without a leader may take: a broker asks each of its members first, for 5 s.
 const LEADERLESS_DELETE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -68,6 +68,7 @@ pub(crate) struct Options {
     pub(crate) watchdog: Duration,
     pub(crate) moves: Moves,
     pub(crate) suspects: Suspects,
+    pub(crate) quarantine: Quarantine,
     pub(crate) inboxes: Inboxes,
 }
 
@@ -90,8 +91,6 @@ pub(crate) struct RabbitSession {
     /// The way to park, and the lane of what is parked, once something was.
     lease: AsyncMutex<Option<(Arc<Lease>, LaneId)>>,
     life: Life,
-    /// How often in a row the broker had nothing to say when the inbox was to be consumed.
-    inbox_silences: AtomicU32,
     /// Atoms whose queue was declared through this session.
     declared: Mutex<HashSet<AtomId>>,
     /// Held while queues are declared: a thousand sends at once are not to declare the same queue a thousand times.
@@ -161,7 +160,6 @@ impl RabbitSession {
             leases: Leases::new(),
             lease: AsyncMutex::default(),
             life,
-            inbox_silences: AtomicU32::new(0),
             declared: Mutex::default(),
             declaring: AsyncMutex::default(),
             hears_all: AtomicBool::new(false),
@@ -220,13 +218,60 @@ impl RabbitSession {
         }
     }
 
-    /// Begins to consume; nothing when the broker has nothing to say to that, as with a queue without a leader.
-    async fn consume(
+    /// Begins to consume, over a connection of its own where the last try has cost that of the session.
+    async fn consume(&self, queue: &str, prefetch: u16) -> Result<Consuming, NotConsumed> {
+        let quarantine = &self.options.quarantine;
+        let consumed = if quarantine.holds(queue) {
+            self.consume_apart(queue, prefetch).await
+        } else {
+            self.consume_over(&self.consuming, &self.life, queue, prefetch).await
+        };
+        match consumed {
+            Ok(Some(consuming)) => {
+                quarantine.remove(queue);
+                Ok(consuming)
+            }
+            Ok(None) => Err(NotConsumed::Queue(silent(queue))),
+            Err(error) if quarantine::is_internal(&error) => {
+                quarantine.add(queue);
+                Err(NotConsumed::Queue(down(queue, &error)))
+            }
+            Err(error) => Err(NotConsumed::Session(error)),
+        }
+    }
+
+    /// Consumes over a connection of its own, which ends with the session, but not the session with it.
+    async fn consume_apart(
         &self,
         queue: &str,
         prefetch: u16,
-    ) -> Result<Option<(Channel, Consumer)>, SessionError> {
-        let channel = self.life.bound(REQUEST_TIMEOUT, self.consuming.create_channel()).await?;
+    ) -> Result<Option<Consuming>, SessionError> {
+        let consuming = async {
+            let role = "consumes what failed";
+            let connecting = Opened::connect(&self.address, &self.node, role, REQUEST_TIMEOUT);
+            let apart = connecting.await.map_err(SessionError::lost)?;
+            let consuming = self.consume_over(&apart.connection, &apart.life, queue, prefetch);
+            Ok(consuming.await?.map(|consuming| {
+                let (life, session) = (apart.life.clone(), self.life.clone());
+                self.spawn(async move { life.end_with(session.ended().await) });
+                Consuming { apart: Some(apart), ..consuming }
+            }))
+        };
+        tokio::select! {
+            consumed = consuming => consumed,
+            error = self.life.ended() => Err(error),
+        }
+    }
+
+    /// Nothing when the broker has nothing to say, as with a queue without a leader.
+    async fn consume_over(
+        &self,
+        connection: &Connection,
+        life: &Life,
+        queue: &str,
+        prefetch: u16,
+    ) -> Result<Option<Consuming>, SessionError> {
+        let channel = life.bound(REQUEST_TIMEOUT, connection.create_channel()).await?;
         let runtime = Handle::current();
         let mut unused = Unused { session: self, channel: Some(channel.clone()), runtime };
         let consuming = async {
@@ -236,29 +281,29 @@ impl RabbitSession {
             channel.basic_consume(queue.into(), tag, options, FieldTable::default()).await
         };
         let answered = async { timeout(REQUEST_TIMEOUT, consuming).await.ok().transpose() };
-        let consumer = self.life.bound(Duration::MAX, answered).await?;
+        let consumer = life.bound(Duration::MAX, answered).await?;
         Ok(consumer.map(|consumer| {
             unused.channel = None;
-            (channel, consumer)
+            Consuming { channel, consumer, apart: None }
         }))
     }
 
-    /// Gets over an inbox that has no leader and gets none. Once it has said nothing twice, while another queue does
-    /// answer, it is deleted, and the session ends: the next one makes it anew, and what was asked is asked again.
-    async fn inbox_is_silent(&self) -> SessionError {
-        let inbox = self.topology.inbox_queue(&self.node);
-        if self.inbox_silences.fetch_add(1, Ordering::Relaxed) + 1 < SILENCES_MAX {
-            return silent(&inbox);
+    /// Gets over an inbox that has no leader and gets none, or whose process is down. Once it has failed for a while, and
+    /// another queue is consumed, it is deleted, and the session ends: the next one makes it anew, and what was asked is
+    /// asked again.
+    async fn inbox_failed(&self, error: SessionError) -> SessionError {
+        if !self.options.inboxes.fails_for_long(&self.node) {
+            return error;
         }
-        self.inbox_silences.store(0, Ordering::Relaxed);
+        let inbox = self.topology.inbox_queue(&self.node);
         // Where too few brokers are left for any queue, this one has a leader when they are back.
         if let Err(error) = self.try_another_inbox().await {
             return error;
         }
-        tracing::warn!(inbox, "an inbox without a leader is deleted, and made anew");
+        tracing::warn!(inbox, %error, "an inbox that cannot be consumed is deleted, and made anew");
         let error = self.delete_leaderless(inbox.clone()).await.map_or_else(
             |error| error,
-            |()| SessionError::lost(format!("{inbox} had no leader, and was deleted")),
+            |()| SessionError::lost(format!("{inbox} could not be consumed, and was deleted")),
         );
         self.life.end_with(error.clone());
         error
@@ -272,7 +317,7 @@ impl RabbitSession {
         self.life.bound(REQUEST_TIMEOUT, declaring).await?;
         let consumed = self.consume(&name, 1).await;
         self.delete_trial(name.clone()).await;
-        consumed?.map(drop).ok_or_else(|| silent(&name))
+        consumed.map(drop).map_err(NotConsumed::into_error)
     }
 
     /// Deletes a queue that was made only to try it, or leaves that to the next session: it may have no leader
@@ -341,6 +386,7 @@ impl RabbitSession {
     fn add_lane(
         &self,
         channel: &Channel,
+        apart: Option<Opened>,
         queue: &str,
         gathered_max: usize,
         gone: Arc<AtomicU64>,
@@ -351,14 +397,16 @@ impl RabbitSession {
         let number = self.lanes.add(command);
         let id = LaneId { epoch: self.epoch, number, lanes: Arc::clone(&self.lanes) };
         let (alive, settler_gone) = oneshot::channel();
+        let life = apart.as_ref().map_or(&self.life, |apart| &apart.life).clone();
         let settler = Settler {
             id: id.clone(),
             channel: channel.clone(),
+            _apart: apart,
             queue: queue.to_owned(),
             gone,
             gathered_max,
             publisher: self.publisher.clone(),
-            life: self.life.clone(),
+            life,
             _alive: alive,
             commands,
             parked,
@@ -416,16 +464,18 @@ impl RabbitSession {
         let name = self.topology.lease_queue(&self.node, self.epoch);
         let declare = async |channel: &Channel| self.topology.declare_lease(channel, &name).await;
         self.declarer.declare(declare).await?;
-        let consuming = self.consume(&name, PARKED_MAX).await;
-        let consuming = consuming.map_err(|error| SendError::Unknown(error.to_string()))?;
-        let Some((channel, consumer)) = consuming else {
-            // That of the next session has another name.
-            self.life.end_with(silent(&name));
-            return Err(SendError::Unknown(silent(&name).to_string()));
-        };
+        let consuming = self.consume(&name, PARKED_MAX).await.map_err(|failed| {
+            if let NotConsumed::Queue(error) = &failed {
+                // That of the next session has another name.
+                self.life.end_with(error.clone());
+            }
+            SendError::Unknown(failed.into_error().to_string())
+        })?;
+        let Consuming { channel, consumer, apart } = consuming;
         let lease = Lease::new(Arc::clone(&self.leases), &name);
         let held = Held::new(Arc::clone(&lease), self.limits().hold_max);
-        let (id, settler_gone) = self.add_lane(&channel, &name, 1, Arc::default(), Some(held));
+        let (id, settler_gone) =
+            self.add_lane(&channel, apart, &name, 1, Arc::default(), Some(held));
         *current = Some((Arc::clone(&lease), id.clone()));
         let (receiving, life) = (Arc::clone(&lease), self.life.clone());
         let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
@@ -450,6 +500,30 @@ impl RabbitSession {
         tokio::select! {
             () = closing => {}
             _ = self.life.ended() => {}
+        }
+    }
+}
+
+/// A consumer, and the channel and connection that it hangs on.
+struct Consuming {
+    channel: Channel,
+    consumer: Consumer,
+    /// None where that is the session's own.
+    apart: Option<Opened>,
+}
+
+/// Why a queue is not consumed.
+enum NotConsumed {
+    /// It has no leader, or its process is down: others may be well.
+    Queue(SessionError),
+    /// It is not known to be the queue's fault.
+    Session(SessionError),
+}
+
+impl NotConsumed {
+    fn into_error(self) -> SessionError {
+        match self {
+            Self::Queue(error) | Self::Session(error) => error,
         }
     }
 }
@@ -488,6 +562,13 @@ fn silent(queue: &str) -> SessionError {
     SessionError::lost(format!(
         "{queue} did not answer within {REQUEST_TIMEOUT:?}; if that goes on it is without a leader, and docs/failures.md \
          says what to do"
+    ))
+}
+
+/// Says what it may mean that consuming a queue cost the connection.
+fn down(queue: &str, error: &SessionError) -> SessionError {
+    SessionError::lost(format!(
+        "{error}: {queue} cannot be consumed; its process may be down, and docs/failures.md says what to do"
     ))
 }
 
@@ -540,11 +621,16 @@ impl Session for RabbitSession {
             other => return Err(SessionError::lost(format!("{other:?} is not supported"))),
         };
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
-        let Some((channel, consumer)) = self.consume(&queue, prefetch).await? else {
-            return Err(if is_inbox { self.inbox_is_silent().await } else { silent(&queue) });
+        let Consuming { channel, consumer, apart } = match self.consume(&queue, prefetch).await {
+            Ok(consuming) => consuming,
+            Err(NotConsumed::Queue(error)) if is_inbox => {
+                return Err(self.inbox_failed(error).await);
+            }
+            Err(failed) => return Err(failed.into_error()),
         };
+        let life = apart.as_ref().map_or(&self.life, |apart| &apart.life).clone();
         if is_inbox {
-            self.inbox_silences.store(0, Ordering::Relaxed);
+            self.options.inboxes.works(&self.node);
             for trial in self.options.inboxes.trials() {
                 self.spawn(self.delete_trial(trial));
             }
@@ -553,8 +639,7 @@ impl Session for RabbitSession {
         // Who reads outcomes waits for each to be removed.
         let gathered_max = if is_results { 1 } else { gathered_max(prefetch) };
         let (id, settler_gone) =
-            self.add_lane(&channel, &queue, gathered_max, Arc::clone(&gone), None);
-        let life = self.life.clone();
+            self.add_lane(&channel, apart, &queue, gathered_max, Arc::clone(&gone), None);
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
         let missed = is_inbox && self.options.inboxes.take_lost(&self.node);

@@ -8,8 +8,8 @@ use serde_json::json;
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use crate::support::{
-    blocking, delete_queue, lose_leader, rabbit, says_that_it_has_no_leader, soon, until,
-    until_it_holds, vhost,
+    blocking, delete_queue, lose_leader, rabbit, says_that_it_has_no_leader, says_that_it_is_down,
+    soon, stop_queue, until, until_it_holds, vhost,
 };
 
 /// Answers when it may.
@@ -216,24 +216,39 @@ async fn what_is_asked_again_is_not_held_up_by_a_full_queue() {
     stuck.shutdown().await;
 }
 
+impl Scene {
+    /// The asker is away while something happens to its inbox, and makes it anew and asks again when it is back.
+    async fn survive(
+        self,
+        fault: impl AsyncFnOnce(&Arc<Vhost>, &str),
+        is_told: impl Fn(&EventKind, &str) -> bool,
+    ) {
+        let mut asking = self.asker.events();
+        self.proxy.refuse(true);
+        self.proxy.cut();
+        until(&mut asking, |kind| matches!(kind, EventKind::SessionLost { .. })).await;
+        let inbox = self.inbox();
+        fault(&self.vhost, &inbox).await;
+        self.proxy.refuse(false);
+        until(&mut asking, |kind| is_told(kind, &inbox)).await;
+        until(&mut asking, |kind| matches!(kind, EventKind::AskedAgain { electrons: CALLS })).await;
+        // The queue by which it tried whether another would do is gone.
+        let vhost = Arc::clone(&self.vhost);
+        let queues = blocking(move || vhost.queues().unwrap()).await;
+        let trials = queues.iter().filter(|queue| queue.name.starts_with(&format!("{inbox}.")));
+        assert_eq!(trials.count(), 0, "{queues:?}");
+        // What runs is adopted, and answered to the inbox that is there now.
+        self.answer(self.worker.events(), false).await;
+        self.all_resolve().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_asker_whose_inbox_has_no_leader_any_more_makes_it_anew_and_asks_again() {
-    let scene = Scene::new().await;
-    let mut asking = scene.asker.events();
-    scene.proxy.refuse(true);
-    scene.proxy.cut();
-    until(&mut asking, |kind| matches!(kind, EventKind::SessionLost { .. })).await;
-    let inbox = scene.inbox();
-    lose_leader(&scene.vhost, &inbox).await;
-    scene.proxy.refuse(false);
-    until(&mut asking, |kind| says_that_it_has_no_leader(kind, &inbox)).await;
-    until(&mut asking, |kind| matches!(kind, EventKind::AskedAgain { electrons: CALLS })).await;
-    // The queue by which it tried whether another would do is gone.
-    let vhost = Arc::clone(&scene.vhost);
-    let queues = blocking(move || vhost.queues().unwrap()).await;
-    let trials = queues.iter().filter(|queue| queue.name.starts_with(&format!("{inbox}.")));
-    assert_eq!(trials.count(), 0, "{queues:?}");
-    // What runs is adopted, and answered to the inbox that is there now.
-    scene.answer(scene.worker.events(), false).await;
-    scene.all_resolve().await;
+    Scene::new().await.survive(lose_leader, says_that_it_has_no_leader).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_asker_whose_inbox_is_down_makes_it_anew_and_asks_again() {
+    Scene::new().await.survive(stop_queue, says_that_it_is_down).await;
 }

@@ -18,7 +18,7 @@ use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
 use crate::support::{
     Double, blocking, delete_queue, impatient, lose_leader, rabbit, says_that_it_has_no_leader,
-    serve, soon, until, vhost,
+    says_that_it_is_down, serve, soon, start_queue, stop_queue, until, vhost,
 };
 
 /// Asks for the doubles of so many numbers at once.
@@ -126,6 +126,49 @@ async fn a_queue_without_a_leader_is_named_and_served_again_once_it_was_deleted(
     until(&mut events, served).await;
     let asker = asker(&vhost.url()).await;
     all_answered(ask(&asker, 0..10)).await;
+    asker.drain().await.unwrap();
+    worker.drain().await.unwrap();
+    blocking(move || drop(vhost)).await;
+}
+
+struct Triple;
+
+impl Atom for Triple {
+    const ID: &'static str = "triple";
+    type Input = u64;
+    type Output = u64;
+
+    async fn process(&self, _cx: &Context, input: u64) -> Result<u64> {
+        Ok(3 * input)
+    }
+}
+
+/// The broker answers who consumes it with an error that closes the connection, and with it all that others have taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_whose_process_is_down_costs_its_own_atom_only() {
+    const TRIES: usize = 5;
+    let queue = "atomizer.atom.triple";
+    let vhost = Arc::new(vhost().await);
+    let builder = || Atomizer::builder().conductor(rabbit(&vhost.url())).atom(Double).atom(Triple);
+    let before = builder().start().await.unwrap();
+    before.drain().await.unwrap();
+    stop_queue(&vhost, queue).await;
+    let worker = builder().start().await.unwrap();
+    let asker = asker(&vhost.url()).await;
+    let mut events = worker.events();
+    // One session at the most: of the first try, which may be over by now.
+    let mut sessions_lost = 0;
+    for _ in 0..TRIES {
+        until(&mut events, |kind| {
+            sessions_lost += u32::from(matches!(kind, EventKind::SessionLost { .. }));
+            says_that_it_is_down(kind, queue)
+        })
+        .await;
+        all_answered(ask(&asker, 0..10)).await;
+    }
+    assert!(sessions_lost <= 1, "{sessions_lost}");
+    start_queue(&vhost, queue).await;
+    assert_eq!(soon(asker.call::<Triple>(2).into_future()).await.unwrap(), 6);
     asker.drain().await.unwrap();
     worker.drain().await.unwrap();
     blocking(move || drop(vhost)).await;

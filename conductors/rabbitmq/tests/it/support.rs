@@ -42,10 +42,39 @@ pub(crate) async fn lose_leader(vhost: &Arc<Vhost>, queue: &str) {
     blocking(move || vhost.node().ctl(&["eval", &expression]).unwrap()).await;
 }
 
+/// Stops the process of a queue, and leaves the queue as it is.
+pub(crate) async fn stop_queue(vhost: &Arc<Vhost>, queue: &str) {
+    on_process(vhost, queue, "ra:stop_server(quorum_queues, Id)").await;
+}
+
+pub(crate) async fn start_queue(vhost: &Arc<Vhost>, queue: &str) {
+    on_process(vhost, queue, "ra:restart_server(quorum_queues, Id)").await;
+}
+
+async fn on_process(vhost: &Arc<Vhost>, queue: &str, act: &str) {
+    let expression = format!(
+        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>)),
+         {{Name, _}} = amqqueue:get_pid(Q),
+         Id = {{Name, node()}},
+         ok = {act}.",
+        vhost = vhost.name()
+    );
+    let vhost = Arc::clone(vhost);
+    blocking(move || vhost.node().ctl(&["eval", &expression]).unwrap()).await;
+}
+
 /// Whether a node tells its operator what is the matter with a queue.
 pub(crate) fn says_that_it_has_no_leader(kind: &EventKind, queue: &str) -> bool {
+    says(kind, [queue, "without a leader", "docs/failures.md"])
+}
+
+pub(crate) fn says_that_it_is_down(kind: &EventKind, queue: &str) -> bool {
+    says(kind, [queue, "its process may be down", "docs/failures.md"])
+}
+
+fn says(kind: &EventKind, parts: [&str; 3]) -> bool {
     let EventKind::SubscriptionLost { error, .. } = kind else { return false };
-    [queue, "without a leader", "docs/failures.md"].iter().all(|part| error.contains(part))
+    parts.iter().all(|part| error.contains(part))
 }
 
 /// Waits until so many messages are in a queue, taken or not.
@@ -90,7 +119,7 @@ pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
 
 pub(crate) async fn until(
     events: &mut EventStream,
-    fits: impl Fn(&EventKind) -> bool,
+    mut fits: impl FnMut(&EventKind) -> bool,
 ) -> EventKind {
     soon(async {
         loop {
