@@ -173,7 +173,8 @@ pub trait Subscription: Send {
         false
     }
 
-    /// Takes no more. What [`next`](Self::next) has not handed out goes back; tickets stay valid.
+    /// Takes no more. What [`next`](Self::next) has not handed out goes back; tickets stay valid. Dropping it does
+    /// the same, soon.
     async fn stop(&mut self);
 }
 

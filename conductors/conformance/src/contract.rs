@@ -341,6 +341,26 @@ pub async fn subscribers_share(world: &impl World) {
 
 /// After a stop the rest goes to others, and what was handed out can still be settled.
 pub async fn a_stopped_subscription_keeps_its_tickets(world: &impl World) {
+    let stop = async |mut taker: Taker| {
+        soon("stopping", taker.0.stop()).await;
+        Some(taker)
+    };
+    only_what_was_handed_out_is_kept(world, stop).await;
+}
+
+/// So it does when nobody takes the time to stop it.
+pub async fn a_dropped_subscription_keeps_its_tickets(world: &impl World) {
+    let dropped = async |taker| {
+        drop(taker);
+        None
+    };
+    only_what_was_handed_out_is_kept(world, dropped).await;
+}
+
+async fn only_what_was_handed_out_is_kept(
+    world: &impl World,
+    end: impl AsyncFnOnce(Taker) -> Option<Taker>,
+) {
     let (one, other) = (Node::new(world, "one").await, Node::new(world, "other").await);
     let mut sent = HashSet::new();
     for number in 0..6 {
@@ -348,7 +368,7 @@ pub async fn a_stopped_subscription_keeps_its_tickets(world: &impl World) {
     }
     let mut taker = one.take(4).await;
     let (kept, delivery) = taker.electron().await;
-    soon("stopping", taker.0.stop()).await;
+    let _ended = end(taker).await;
     sent.remove(&kept.id);
     let mut rest = other.take(6).await;
     while !sent.is_empty() {

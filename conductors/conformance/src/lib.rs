@@ -75,6 +75,7 @@ macro_rules! conformance_tests {
             answers_wait_for_a_node_that_comes_back
             subscribers_share
             a_stopped_subscription_keeps_its_tickets
+            a_dropped_subscription_keeps_its_tickets
             a_dropped_settlement_is_carried_out
             results_stand_in_the_order_of_the_batch
             a_dead_letter_is_taken

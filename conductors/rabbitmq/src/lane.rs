@@ -24,6 +24,7 @@ use lapin::{
     options::{BasicAckOptions, BasicCancelOptions, BasicGetOptions, BasicNackOptions},
 };
 use tokio::{
+    runtime::Handle,
     sync::{mpsc, oneshot},
     time::{Instant, sleep_until, timeout},
 };
@@ -517,15 +518,36 @@ impl Window {
     }
 }
 
+/// A consumer and its lane.
+#[derive(Clone)]
+pub(crate) struct Taking {
+    pub(crate) id: LaneId,
+    pub(crate) channel: Channel,
+    pub(crate) consumer: Consumer,
+}
+
+impl Taking {
+    /// Cancels the consumer, and gives back what was brought and not handed out.
+    async fn stop(&mut self) {
+        let tag = self.consumer.tag();
+        let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions::default());
+        if !matches!(timeout(CANCEL_TIMEOUT, cancelled).await, Ok(Ok(()))) {
+            // The channel is of no more use; the broker takes back what it delivered.
+            return;
+        }
+        while let Some(Some(Ok(delivery))) = self.consumer.next().now_or_never() {
+            drop(self.id.ticket(delivery.delivery_tag));
+        }
+    }
+}
+
 /// A consumer, seen by who takes from it.
 pub(crate) struct LaneSubscription {
     /// Whether what was sent before it may be lost.
     pub(crate) missed: bool,
     pub(crate) window: Window,
     pub(crate) watchdog: Watchdog,
-    pub(crate) id: LaneId,
-    pub(crate) channel: Channel,
-    pub(crate) consumer: Consumer,
+    pub(crate) taking: Taking,
     /// Whose queue it is; none for the inbox.
     pub(crate) atom: Option<AtomId>,
     pub(crate) life: Life,
@@ -533,6 +555,20 @@ pub(crate) struct LaneSubscription {
     pub(crate) settler_gone: oneshot::Receiver<()>,
     /// Why there will be no more, when that is known already.
     pub(crate) ended: Option<SessionError>,
+    /// Whether nothing is to be given back when it is dropped.
+    pub(crate) is_over: bool,
+    /// Where it is given back.
+    pub(crate) runtime: Handle,
+}
+
+impl Drop for LaneSubscription {
+    /// The lane lives on for what was handed out, and would keep the rest for as long as the session lives.
+    fn drop(&mut self) {
+        if !self.is_over {
+            let mut taking = self.taking.clone();
+            self.runtime.spawn(async move { taking.stop().await });
+        }
+    }
 }
 
 /// What the end of a consumer means.
@@ -546,14 +582,15 @@ fn why(ended: Option<lapin::Result<lapin::message::Delivery>>) -> SessionError {
 impl LaneSubscription {
     /// Ends the lane: its tickets are stale from now on, and its settler ends.
     fn lost(&mut self, error: SessionError) -> SessionError {
-        self.id.lanes.remove(self.id.number);
+        self.taking.id.lanes.remove(self.taking.id.number);
+        self.is_over = true;
         self.ended = Some(error.clone());
         error
     }
 
     fn delivery(&mut self, delivery: lapin::message::Delivery) -> Delivery {
         self.window.delivered += 1;
-        let ticket = self.id.ticket(delivery.delivery_tag);
+        let ticket = self.taking.id.ticket(delivery.delivery_tag);
         let redeliveries = redeliveries(&delivery.properties, delivery.redelivered);
         let parts = Arrived(&delivery.properties);
         let message = Message::read(&parts, delivery.data.into(), self.atom.as_ref());
@@ -571,7 +608,7 @@ impl Subscription for LaneSubscription {
         // One of the two connections may be well when the session has ended.
         let first = tokio::select! {
             biased;
-            first = self.consumer.next() => match first {
+            first = self.taking.consumer.next() => match first {
                 Some(Ok(delivery)) => self.delivery(delivery),
                 ended => return Err(self.lost(why(ended))),
             },
@@ -584,7 +621,7 @@ impl Subscription for LaneSubscription {
         self.watchdog.feed();
         let mut deliveries = vec![first];
         while deliveries.len() < max.get() {
-            match self.consumer.next().now_or_never() {
+            match self.taking.consumer.next().now_or_never() {
                 None => break,
                 Some(Some(Ok(delivery))) => deliveries.push(self.delivery(delivery)),
                 // The consumer says only once that it has ended: kept for the next call.
@@ -602,14 +639,7 @@ impl Subscription for LaneSubscription {
     }
 
     async fn stop(&mut self) {
-        let tag = self.consumer.tag();
-        let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions::default());
-        if !matches!(timeout(CANCEL_TIMEOUT, cancelled).await, Ok(Ok(()))) {
-            // The channel is of no more use; the broker takes back what it delivered.
-            return;
-        }
-        while let Some(Some(Ok(delivery))) = self.consumer.next().now_or_never() {
-            drop(self.id.ticket(delivery.delivery_tag));
-        }
+        self.taking.stop().await;
+        self.is_over = true;
     }
 }

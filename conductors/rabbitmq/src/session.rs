@@ -41,7 +41,7 @@ use crate::{
     declare::{Declarer, NOT_MADE, found, on_own_channel, refusal},
     delay::Ladder,
     inbox::Inboxes,
-    lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Window, gathered_max},
+    lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Taking, Window, gathered_max},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
     life::{
         CLOSE_TIMEOUT, CloseWhenDropped, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over,
@@ -644,9 +644,7 @@ impl Session for RabbitSession {
         let consuming = Arc::clone(&self.consuming);
         let missed = is_inbox && self.options.inboxes.take_lost(&self.node);
         Ok(Box::new(LaneSubscription {
-            id,
-            channel,
-            consumer,
+            taking: Taking { id, channel, consumer },
             atom,
             life,
             settler_gone,
@@ -654,6 +652,8 @@ impl Session for RabbitSession {
             window: Window { prefetch, delivered: 0, gone },
             watchdog: Watchdog::new(queue, consuming, self.life.clone(), self.options.watchdog),
             ended: None,
+            is_over: false,
+            runtime: Handle::current(),
         }))
     }
 
