@@ -12,7 +12,7 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
-    AtomId, ConductorId, EventKind, EventLog, Pack, Presence, Serving, SessionError,
+    AtomId, ConductorId, EventKind, EventLog, OpenError, Pack, Presence, Serving, SessionError,
     admission::{Lane, Usage},
     event::Gather,
     link::guard,
@@ -27,6 +27,8 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// then a connection.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// While nothing is reached: a node must not seem to be gone for longer than its broker was.
+const AWAY_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Where the events of a node are to be kept: one for each conductor that keeps them.
 pub(crate) struct Keeping {
@@ -43,7 +45,7 @@ pub(crate) async fn run(node: Arc<Node>, keeping: Keeping) {
     loop {
         // Once the node has ended its last words are tried to be said once more.
         let is_last = gather.is_closed();
-        let Err(reason) = writing.write(&node, &*log).await else { return };
+        let Err(Failed { reason, is_away }) = writing.write(&node, &*log).await else { return };
         match writing.works.replace(false) {
             Some(false) => tracing::debug!(%conductor, reason, "events are not kept for now"),
             worked => {
@@ -57,8 +59,29 @@ pub(crate) async fn run(node: Arc<Node>, keeping: Keeping) {
         if is_last {
             return;
         }
+        let pause_max = if is_away { AWAY_PAUSE_MAX } else { PAUSE_MAX };
+        pause = pause.min(pause_max);
         gather.pause(with_jitter(pause)).await;
-        pause = pause.saturating_mul(2).min(PAUSE_MAX);
+        pause = pause.saturating_mul(2);
+    }
+}
+
+/// Why writing ended.
+struct Failed {
+    reason: String,
+    /// The log was not reached: waiting may help.
+    is_away: bool,
+}
+
+impl From<String> for Failed {
+    fn from(reason: String) -> Self {
+        Self { reason, is_away: false }
+    }
+}
+
+impl From<OpenError> for Failed {
+    fn from(error: OpenError) -> Self {
+        Self { reason: error.to_string(), is_away: matches!(error, OpenError::Unreachable(_)) }
     }
 }
 
@@ -82,10 +105,10 @@ impl Writing<'_> {
     ///
     /// What another writer left unknown is written once more: readers know events by their numbers. How long a step may
     /// take is for the log to say, which knows whether its broker takes nothing for now.
-    async fn write(&mut self, node: &Node, log: &dyn EventLog) -> Result<(), String> {
+    async fn write(&mut self, node: &Node, log: &dyn EventLog) -> Result<(), Failed> {
         let opening = guard(OPEN_TIMEOUT, log.writer(&node.id)).await;
         let opened = opening.map_err(|fault| fault.to_string())?;
-        let mut writer = opened.map_err(|error| error.to_string())?;
+        let mut writer = opened?;
         for pack in &self.unsure {
             done(writer.append(pack.clone())).await?;
         }

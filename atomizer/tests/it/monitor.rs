@@ -16,7 +16,7 @@ use atomizer::{
     OpenError, Pack, Position, Read, Seen, Session, SessionError, Severity, prelude::*,
 };
 use serde_json::Value;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 use crate::atoms::{Obedient, Order};
 
@@ -180,6 +180,8 @@ struct Moody {
 
 #[derive(Debug, Default)]
 struct Mood {
+    /// Cannot be reached.
+    is_away: AtomicBool,
     /// Takes nothing.
     sulks: AtomicBool,
     /// Breaks after each pack, having kept it.
@@ -218,6 +220,9 @@ impl Conductor for Moody {
 impl EventLog for Moody {
     async fn writer(&self, node: &NodeId) -> Result<Box<dyn EventWriter>, OpenError> {
         *self.mood.opened.lock().unwrap() += 1;
+        if self.mood.is_away.load(Ordering::SeqCst) {
+            return Err(OpenError::Unreachable("away".to_owned()));
+        }
         let writer = self.log().writer(node).await?;
         Ok(Box::new(MoodyWriter { writer, mood: Arc::clone(&self.mood) }))
     }
@@ -252,6 +257,21 @@ impl EventWriter for MoodyWriter {
     async fn close(self: Box<Self>) {
         self.writer.close().await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_is_heard_of_soon_after_a_long_outage() {
+    let moody = Moody::new();
+    moody.mood.is_away.store(true, Ordering::SeqCst);
+    let builder = Atomizer::builder().conductor(moody.clone()).atom(Obedient);
+    let atomizer = builder.start().await.unwrap();
+    tokio::time::sleep(HOUR).await;
+    moody.mood.is_away.store(false, Ordering::SeqCst);
+    let back = Instant::now();
+    let mut events = Monitor::new(&moody).unwrap().from(Position::Start).open().await.unwrap();
+    while !matches!(events.next().await, Seen::Event(_)) {}
+    assert!(back.elapsed() < Duration::from_secs(3), "{:?}", back.elapsed());
+    atomizer.drain().await.unwrap();
 }
 
 #[tokio::test]

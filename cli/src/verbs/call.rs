@@ -60,7 +60,7 @@ pub(crate) async fn run(shared: &Shared, arguments: Arguments) -> anyhow::Result
     };
     node.drain().await?;
     let mut object = Map::new();
-    object.insert("id".to_owned(), id.into());
+    object.insert("id".to_owned(), id.as_str().into());
     object.insert("atom".to_owned(), described.atom.as_str().into());
     match answer {
         Ok(output) if shared.json => {
@@ -69,13 +69,12 @@ pub(crate) async fn run(shared: &Shared, arguments: Arguments) -> anyhow::Result
         }
         Ok(output) => print(&output)?,
         Err(error) => {
-            if shared.json
-                && let CallError::Failed(failure) = &error
-            {
-                object.insert("failure".to_owned(), serde_json::to_value(failure)?);
+            let CallError::Failed(failure) = error else { return Err(explain(error)) };
+            if shared.json {
+                object.insert("failure".to_owned(), serde_json::to_value(&failure)?);
                 say(Value::from(object))?;
             }
-            return Err(explain(error));
+            return Err(anyhow::Error::new(failure).context(format!("electron {id} failed")));
         }
     }
     Ok(Exit::Done)

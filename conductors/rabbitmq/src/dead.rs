@@ -256,13 +256,20 @@ pub enum DeadLettersError {
     #[error("failed to reach the dead letters")]
     Open(#[source] OpenError),
     /// The broker was lost, or declined, before the end. Nothing is lost: what was not done is there still.
-    #[error("interrupted when {} letters were done: {reason}", progress.done)]
+    #[error("{}: {reason}", how_far(progress))]
     Interrupted {
         /// How far it came.
         progress: Progress,
         /// What happened.
         reason: String,
     },
+}
+
+fn how_far(progress: &Progress) -> String {
+    match progress.done {
+        0 => "nothing was done".to_owned(),
+        done => format!("interrupted when {done} letters were done"),
+    }
 }
 
 impl DeadLettersError {
