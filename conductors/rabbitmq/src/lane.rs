@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     num::NonZeroUsize,
-    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -203,9 +202,6 @@ impl Settler {
         let acks = Acks::counting(Arc::clone(&self.gone));
         let mut work = Work { acks, ..Work::default() };
         let mut commands = Vec::new();
-        let life = self.life.clone();
-        let _open = life.keep_open();
-        let mut ended = pin!(life.ended());
         loop {
             tokio::select! {
                 count = self.commands.recv_many(&mut commands, COMMANDS_MAX) => {
@@ -217,7 +213,6 @@ impl Settler {
                 Some((mark, published)) = work.renewing.next() => self.renewal_published(&mark, &published),
                 () = due(self.parked.as_ref().and_then(Held::next_due)) => self.renew(&work),
                 () = due(work.flush_at) => {}
-                _ = &mut ended => return self.end(work).await,
             }
             while let Some(Some(published)) = work.publishing.next().now_or_never() {
                 self.published(published, &mut work);
@@ -233,25 +228,15 @@ impl Settler {
         }
     }
 
-    /// Sends what is still gathered, and what can be settled at once: the channel may live on when its consumer has
-    /// ended, and for a moment when the session has.
+    /// Sends what is still gathered: the channel may live on when its consumer has ended.
     async fn end(&mut self, mut work: Work) {
         while let Some(Some(published)) = work.publishing.next().now_or_never() {
             self.published(published, &mut work);
         }
-        // The end of the session must not cut it short.
-        self.life = Life::new();
-        if let Err(error) = self.finish_all(&mut work).await {
+        work.flush_at = Some(Instant::now());
+        if let Err(error) = self.finish(&mut work).await {
             work.lost(&error);
         }
-    }
-
-    async fn finish_all(&mut self, work: &mut Work) -> Result<(), SessionError> {
-        while let Ok(command) = self.commands.try_recv() {
-            self.carry_out(command, work).await?;
-        }
-        work.flush_at = Some(Instant::now());
-        self.finish(work).await
     }
 
     async fn carry_out(&mut self, command: Command, work: &mut Work) -> Result<(), SessionError> {

@@ -19,8 +19,6 @@ use crate::connect::plain;
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long closing may take, each step.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a session that has ended by a fault is kept open for what is to be sent yet.
-const KEPT_OPEN_MAX: Duration = Duration::from_millis(100);
 /// AMQP's reply code for "all is well".
 pub(crate) const REPLY_SUCCESS: u16 = 200;
 
@@ -33,8 +31,6 @@ struct LifeState {
     ended: watch::Sender<Option<SessionError>>,
     /// The broker is short of memory or disk, and reads nothing from who publishes.
     blocked: AtomicBool,
-    /// How many have something to send yet when it ends.
-    closing: watch::Sender<usize>,
 }
 
 impl Life {
@@ -42,7 +38,6 @@ impl Life {
         Self(Arc::new(LifeState {
             ended: watch::Sender::new(None),
             blocked: AtomicBool::new(false),
-            closing: watch::Sender::new(0),
         }))
     }
 
@@ -80,25 +75,10 @@ impl Life {
         }
     }
 
-    /// Has the connections kept open for a moment when the session ends by a fault, until this is dropped.
-    pub(crate) fn keep_open(&self) -> KeptOpen {
-        self.0.closing.send_modify(|count| *count += 1);
-        KeptOpen(self.clone())
-    }
-
     pub(crate) async fn ended(&self) -> SessionError {
         let mut ended = self.0.ended.subscribe();
         let error = ended.wait_for(Option::is_some).await.ok().and_then(|error| error.clone());
         error.unwrap_or(SessionError::Closed)
-    }
-}
-
-/// Held by who has something to send yet when the session ends.
-pub(crate) struct KeptOpen(Life);
-
-impl Drop for KeptOpen {
-    fn drop(&mut self) {
-        self.0.0.closing.send_modify(|count| *count -= 1);
     }
 }
 
@@ -135,8 +115,6 @@ pub(crate) async fn watch_over(
         reason = failed => life.end(reason),
         error = life.ended() => {
             if !matches!(error, SessionError::Closed) {
-                let mut closing = life.0.closing.subscribe();
-                drop(timeout(KEPT_OPEN_MAX, closing.wait_for(|count| *count == 0)).await);
                 close(&connection).await;
             }
         }

@@ -789,6 +789,3 @@ impl fmt::Debug for RabbitSession {
         write!(f, "RabbitSession({epoch:?} of {node}, {server} at {address})")
     }
 }
-
-#[cfg(test)]
-mod tests;
