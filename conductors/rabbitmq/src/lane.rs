@@ -34,7 +34,6 @@ use crate::{
     convert::{Arrived, redeliveries},
     lease::{Held, Parked, Renew, Replaced, was_never_sent},
     life::{Life, REQUEST_TIMEOUT},
-    opened::Opened,
     publisher::{Publisher, Via},
     watchdog::Watchdog,
 };
@@ -142,8 +141,6 @@ impl LaneId {
 pub(crate) struct Settler {
     pub(crate) id: LaneId,
     pub(crate) channel: Channel,
-    /// The connection of the channel, where that is not the session's own: closed with the lane.
-    pub(crate) _apart: Option<Opened>,
     pub(crate) queue: String,
     /// How many deliveries are settled or given back.
     pub(crate) gone: Arc<AtomicU64>,

@@ -2,8 +2,8 @@
 //!
 //! A queue can be there while its process is not: it crashed too often, or an operator stopped it. RabbitMQ answers
 //! who consumes it with INTERNAL_ERROR (541), which closes the connection, and all that was taken over it is
-//! delivered again. So such a queue is consumed over a connection of its own until that succeeds, and costs nobody
-//! else anything.
+//! delivered again. So whether such a queue can be consumed is found out over a connection of its own from then on, and
+//! costs nobody else anything.
 
 use std::{
     collections::HashMap,
@@ -14,7 +14,7 @@ use std::{
 use atomizer::SessionError;
 use tokio::time::Instant;
 
-/// How long a queue is remembered after it was last tried.
+/// How long a queue is remembered after it failed.
 const KEPT: Duration = Duration::from_secs(60);
 
 /// When each of them failed; shared by all sessions of a conductor, for the fault has cost the session that saw it.
@@ -30,16 +30,12 @@ impl Quarantine {
         let mut failed = self.lock();
         failed.retain(|_, at| at.elapsed() < KEPT);
         if failed.insert(queue.to_owned(), Instant::now()).is_none() {
-            tracing::warn!(queue, "a queue is consumed over a connection of its own for now");
+            tracing::warn!(queue, "whether this queue can be consumed is tried apart for now");
         }
     }
 
     pub(crate) fn holds(&self, queue: &str) -> bool {
         self.lock().get(queue).is_some_and(|at| at.elapsed() < KEPT)
-    }
-
-    pub(crate) fn remove(&self, queue: &str) {
-        self.lock().remove(queue);
     }
 }
 
@@ -66,7 +62,5 @@ mod tests {
         assert!(!quarantine.holds("a") && quarantine.holds("b"));
         quarantine.add("c");
         assert_eq!(quarantine.lock().len(), 2);
-        quarantine.remove("b");
-        assert!(!quarantine.holds("b"));
     }
 }

@@ -31,7 +31,7 @@ use tokio::{
     runtime::Handle,
     sync::{Mutex as AsyncMutex, mpsc, oneshot},
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -54,6 +54,8 @@ use crate::{
     watchdog::Watchdog,
 };
 
+/// How long it takes until an inbox that cost a connection is tried again.
+const INBOX_PAUSE: Duration = Duration::from_secs(5);
 /// How long deleting a queue without a leader may take: a broker asks each of its members first, for 5 s.
 const LEADERLESS_DELETE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -218,59 +220,57 @@ impl RabbitSession {
         }
     }
 
-    /// Begins to consume, over a connection of its own where the last try has cost that of the session.
-    async fn consume(&self, queue: &str, prefetch: u16) -> Result<Consuming, NotConsumed> {
-        let quarantine = &self.options.quarantine;
-        let consumed = if quarantine.holds(queue) {
-            self.consume_apart(queue, prefetch).await
-        } else {
-            self.consume_over(&self.consuming, &self.life, queue, prefetch).await
-        };
-        match consumed {
-            Ok(Some(consuming)) => {
-                quarantine.remove(queue);
-                Ok(consuming)
-            }
-            Ok(None) => Err(NotConsumed::Queue(silent(queue))),
-            Err(error) if quarantine::is_internal(&error) => {
-                quarantine.add(queue);
-                Err(NotConsumed::Queue(down(queue, &error)))
-            }
-            Err(error) => Err(NotConsumed::Session(error)),
-        }
-    }
-
-    /// Consumes over a connection of its own, which ends with the session, but not the session with it.
-    async fn consume_apart(
+    /// Begins to consume, though not before that is known to be safe where it has cost a session.
+    async fn consume_safely(
         &self,
         queue: &str,
         prefetch: u16,
-    ) -> Result<Option<Consuming>, SessionError> {
-        let consuming = async {
-            let role = "consumes what failed";
-            let connecting = Opened::connect(&self.address, &self.node, role, REQUEST_TIMEOUT);
-            let apart = connecting.await.map_err(SessionError::lost)?;
-            let consuming = self.consume_over(&apart.connection, &apart.life, queue, prefetch);
-            Ok(consuming.await?.map(|consuming| {
-                let (life, session) = (apart.life.clone(), self.life.clone());
-                self.spawn(async move { life.end_with(session.ended().await) });
-                Consuming { apart: Some(apart), ..consuming }
-            }))
+    ) -> Result<(Channel, Consumer), NotConsumed> {
+        let quarantine = &self.options.quarantine;
+        if quarantine.holds(queue)
+            && let Err(failed) = self.probe(queue).await
+        {
+            quarantine.add(queue);
+            return Err(failed);
+        }
+        let consumed = self.consume(queue, prefetch).await;
+        if let Err(NotConsumed::Down(_)) = &consumed {
+            quarantine.add(queue);
+        }
+        consumed
+    }
+
+    /// Finds out over a connection of its own whether a queue can be consumed. It may be brought one delivery, which goes
+    /// back.
+    async fn probe(&self, queue: &str) -> Result<(), NotConsumed> {
+        let probing = async {
+            let connecting = Opened::connect(&self.address, &self.node, "probes", REQUEST_TIMEOUT);
+            let probe = connecting.await.map_err(SessionError::lost)?;
+            drop(self.consume_over(&probe.connection, &probe.life, queue, 1).await?);
+            probe.close().await;
+            Ok(())
         };
         tokio::select! {
-            consumed = consuming => consumed,
-            error = self.life.ended() => Err(error),
+            probed = probing => probed,
+            error = self.life.ended() => Err(error.into()),
         }
     }
 
-    /// Nothing when the broker has nothing to say, as with a queue without a leader.
+    async fn consume(
+        &self,
+        queue: &str,
+        prefetch: u16,
+    ) -> Result<(Channel, Consumer), NotConsumed> {
+        self.consume_over(&self.consuming, &self.life, queue, prefetch).await
+    }
+
     async fn consume_over(
         &self,
         connection: &Connection,
         life: &Life,
         queue: &str,
         prefetch: u16,
-    ) -> Result<Option<Consuming>, SessionError> {
+    ) -> Result<(Channel, Consumer), NotConsumed> {
         let channel = life.bound(REQUEST_TIMEOUT, connection.create_channel()).await?;
         let runtime = Handle::current();
         let mut unused = Unused { session: self, channel: Some(channel.clone()), runtime };
@@ -281,21 +281,35 @@ impl RabbitSession {
             channel.basic_consume(queue.into(), tag, options, FieldTable::default()).await
         };
         let answered = async { timeout(REQUEST_TIMEOUT, consuming).await.ok().transpose() };
-        let consumer = life.bound(Duration::MAX, answered).await?;
-        Ok(consumer.map(|consumer| {
-            unused.channel = None;
-            Consuming { channel, consumer, apart: None }
-        }))
+        match life.bound(Duration::MAX, answered).await {
+            Ok(Some(consumer)) => {
+                unused.channel = None;
+                Ok((channel, consumer))
+            }
+            Ok(None) => Err(NotConsumed::Silent(silent(queue))),
+            Err(error) if quarantine::is_internal(&error) => {
+                Err(NotConsumed::Down(down(queue, &error)))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Gets over an inbox that has no leader and gets none, or whose process is down. Once it has failed for a while, and
     /// another queue is consumed, it is deleted, and the session ends: the next one makes it anew, and what was asked is
     /// asked again.
-    async fn inbox_failed(&self, error: SessionError) -> SessionError {
-        if !self.options.inboxes.fails_for_long(&self.node) {
-            return error;
-        }
+    async fn inbox_failed(&self, failed: NotConsumed) -> SessionError {
         let inbox = self.topology.inbox_queue(&self.node);
+        if !self.options.inboxes.fails_for_long(&self.node) {
+            if let NotConsumed::Down(_) = &failed {
+                // A session that refuses the inbox again and again is let go of.
+                tokio::select! {
+                    () = sleep(INBOX_PAUSE) => {}
+                    _ = self.life.ended() => {}
+                }
+            }
+            return failed.into();
+        }
+        let error = SessionError::from(failed);
         // Where too few brokers are left for any queue, this one has a leader when they are back.
         if let Err(error) = self.try_another_inbox().await {
             return error;
@@ -317,7 +331,7 @@ impl RabbitSession {
         self.life.bound(REQUEST_TIMEOUT, declaring).await?;
         let consumed = self.consume(&name, 1).await;
         self.delete_trial(name.clone()).await;
-        consumed.map(drop).map_err(NotConsumed::into_error)
+        Ok(consumed.map(drop)?)
     }
 
     /// Deletes a queue that was made only to try it, or leaves that to the next session: it may have no leader
@@ -386,7 +400,6 @@ impl RabbitSession {
     fn add_lane(
         &self,
         channel: &Channel,
-        apart: Option<Opened>,
         queue: &str,
         gathered_max: usize,
         gone: Arc<AtomicU64>,
@@ -397,16 +410,14 @@ impl RabbitSession {
         let number = self.lanes.add(command);
         let id = LaneId { epoch: self.epoch, number, lanes: Arc::clone(&self.lanes) };
         let (alive, settler_gone) = oneshot::channel();
-        let life = apart.as_ref().map_or(&self.life, |apart| &apart.life).clone();
         let settler = Settler {
             id: id.clone(),
             channel: channel.clone(),
-            _apart: apart,
             queue: queue.to_owned(),
             gone,
             gathered_max,
             publisher: self.publisher.clone(),
-            life,
+            life: self.life.clone(),
             _alive: alive,
             commands,
             parked,
@@ -464,18 +475,18 @@ impl RabbitSession {
         let name = self.topology.lease_queue(&self.node, self.epoch);
         let declare = async |channel: &Channel| self.topology.declare_lease(channel, &name).await;
         self.declarer.declare(declare).await?;
-        let consuming = self.consume(&name, PARKED_MAX).await.map_err(|failed| {
-            if let NotConsumed::Queue(error) = &failed {
+        let (channel, consumer) = self.consume(&name, PARKED_MAX).await.map_err(|failed| {
+            let is_of_queue = failed.is_of_queue();
+            let error = SessionError::from(failed);
+            if is_of_queue {
                 // That of the next session has another name.
                 self.life.end_with(error.clone());
             }
-            SendError::Unknown(failed.into_error().to_string())
+            SendError::Unknown(error.to_string())
         })?;
-        let Consuming { channel, consumer, apart } = consuming;
         let lease = Lease::new(Arc::clone(&self.leases), &name);
         let held = Held::new(Arc::clone(&lease), self.limits().hold_max);
-        let (id, settler_gone) =
-            self.add_lane(&channel, apart, &name, 1, Arc::default(), Some(held));
+        let (id, settler_gone) = self.add_lane(&channel, &name, 1, Arc::default(), Some(held));
         *current = Some((Arc::clone(&lease), id.clone()));
         let (receiving, life) = (Arc::clone(&lease), self.life.clone());
         let receiver = Receiver { id, lease: receiving, channel, consumer, life, settler_gone };
@@ -504,26 +515,35 @@ impl RabbitSession {
     }
 }
 
-/// A consumer, and the channel and connection that it hangs on.
-struct Consuming {
-    channel: Channel,
-    consumer: Consumer,
-    /// None where that is the session's own.
-    apart: Option<Opened>,
-}
-
 /// Why a queue is not consumed.
 enum NotConsumed {
-    /// It has no leader, or its process is down: others may be well.
-    Queue(SessionError),
+    /// There was no answer, as with a queue without a leader.
+    Silent(SessionError),
+    /// That cost the connection: its process may be down.
+    Down(SessionError),
     /// It is not known to be the queue's fault.
-    Session(SessionError),
+    Other(SessionError),
 }
 
 impl NotConsumed {
-    fn into_error(self) -> SessionError {
-        match self {
-            Self::Queue(error) | Self::Session(error) => error,
+    /// Whether another queue may be well.
+    fn is_of_queue(&self) -> bool {
+        matches!(self, Self::Silent(_) | Self::Down(_))
+    }
+}
+
+impl From<SessionError> for NotConsumed {
+    fn from(error: SessionError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<NotConsumed> for SessionError {
+    fn from(failed: NotConsumed) -> Self {
+        match failed {
+            NotConsumed::Silent(error) | NotConsumed::Down(error) | NotConsumed::Other(error) => {
+                error
+            }
         }
     }
 }
@@ -621,14 +641,13 @@ impl Session for RabbitSession {
             other => return Err(SessionError::lost(format!("{other:?} is not supported"))),
         };
         let prefetch = u16::try_from(window.get()).unwrap_or(u16::MAX);
-        let Consuming { channel, consumer, apart } = match self.consume(&queue, prefetch).await {
-            Ok(consuming) => consuming,
-            Err(NotConsumed::Queue(error)) if is_inbox => {
-                return Err(self.inbox_failed(error).await);
+        let (channel, consumer) = match self.consume_safely(&queue, prefetch).await {
+            Ok(consumed) => consumed,
+            Err(failed) if is_inbox && failed.is_of_queue() => {
+                return Err(self.inbox_failed(failed).await);
             }
-            Err(failed) => return Err(failed.into_error()),
+            Err(failed) => return Err(failed.into()),
         };
-        let life = apart.as_ref().map_or(&self.life, |apart| &apart.life).clone();
         if is_inbox {
             self.options.inboxes.works(&self.node);
             for trial in self.options.inboxes.trials() {
@@ -639,14 +658,14 @@ impl Session for RabbitSession {
         // Who reads outcomes waits for each to be removed.
         let gathered_max = if is_results { 1 } else { gathered_max(prefetch) };
         let (id, settler_gone) =
-            self.add_lane(&channel, apart, &queue, gathered_max, Arc::clone(&gone), None);
+            self.add_lane(&channel, &queue, gathered_max, Arc::clone(&gone), None);
         // Told once: what is asked from now on is answered to the queue that is there.
         let consuming = Arc::clone(&self.consuming);
         let missed = is_inbox && self.options.inboxes.take_lost(&self.node);
         Ok(Box::new(LaneSubscription {
             taking: Taking { id, channel, consumer },
             atom,
-            life,
+            life: self.life.clone(),
             settler_gone,
             missed,
             window: Window { prefetch, delivered: 0, gone },
