@@ -72,6 +72,8 @@ pub(crate) enum Command {
     Reject { tag: u64 },
     /// Gives back all that is parked, now and from now on.
     GiveBack,
+    /// Ends the lane once so many deliveries are settled or given back: there will be no more.
+    Stopped { delivered: u64 },
 }
 
 /// Where the result of one settlement goes.
@@ -182,6 +184,8 @@ struct Work {
     renewing: FuturesUnordered<BoxFuture<'static, (String, Published)>>,
     /// Copies that are gone when the acknowledgements are sent.
     replaced: Vec<Parked>,
+    /// How many deliveries there were in all, once there will be no more.
+    delivered: Option<u64>,
 }
 
 impl Work {
@@ -222,7 +226,16 @@ impl Settler {
             if let Err(error) = self.finish(&mut work).await {
                 return work.lost(&error);
             }
+            if self.is_done(&work) {
+                return self.id.lanes.remove(self.id.number);
+            }
         }
+    }
+
+    /// Whether all that was ever delivered is settled, and the broker told.
+    fn is_done(&self, work: &Work) -> bool {
+        let is_gone = |delivered| self.gone.load(Ordering::Relaxed) >= delivered;
+        work.delivered.is_some_and(is_gone) && work.acks.untold() == 0
     }
 
     /// Sends what is still gathered: the channel may live on when its consumer has ended.
@@ -283,6 +296,7 @@ impl Settler {
                 work.acks.returned(tag);
                 self.negative(tag, false, work).await?;
             }
+            Command::Stopped { delivered } => work.delivered = Some(delivered),
             Command::GiveBack => {
                 let copies = self.parked.as_mut().map(Held::give_back_all);
                 self.give_back(copies.into_iter().flatten(), work);
@@ -509,8 +523,9 @@ pub(crate) struct Taking {
 }
 
 impl Taking {
-    /// Cancels the consumer, and gives back what was brought and not handed out.
-    async fn stop(&mut self) {
+    /// Cancels the consumer, gives back what was brought and not handed out, and has the lane end with the last of what
+    /// was handed out: so many.
+    async fn stop(&mut self, mut delivered: u64) {
         let tag = self.consumer.tag();
         let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions::default());
         if !matches!(timeout(CANCEL_TIMEOUT, cancelled).await, Ok(Ok(()))) {
@@ -518,8 +533,10 @@ impl Taking {
             return;
         }
         while let Some(Some(Ok(delivery))) = self.consumer.next().now_or_never() {
+            delivered += 1;
             drop(self.id.ticket(delivery.delivery_tag));
         }
+        self.id.lanes.command(self.id.number, Command::Stopped { delivered });
     }
 }
 
@@ -544,11 +561,11 @@ pub(crate) struct LaneSubscription {
 }
 
 impl Drop for LaneSubscription {
-    /// The lane lives on for what was handed out, and would keep the rest for as long as the session lives.
+    /// The lane lives on for what was handed out, and would keep the rest.
     fn drop(&mut self) {
         if !self.is_over {
-            let mut taking = self.taking.clone();
-            self.runtime.spawn(async move { taking.stop().await });
+            let (mut taking, delivered) = (self.taking.clone(), self.window.delivered);
+            self.runtime.spawn(async move { taking.stop(delivered).await });
         }
     }
 }
@@ -621,7 +638,7 @@ impl Subscription for LaneSubscription {
     }
 
     async fn stop(&mut self) {
-        self.taking.stop().await;
+        self.taking.stop(self.window.delivered).await;
         self.is_over = true;
     }
 }

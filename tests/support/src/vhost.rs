@@ -205,18 +205,28 @@ impl Vhost {
     ///
     /// When `rabbitmqctl` fails.
     pub fn connections(&self) -> Result<Vec<String>, BrokerError> {
-        let answer =
-            self.node.ctl(&["list_connections", "name", "vhost", "--formatter", "json"])?;
-        let all: Value = serde_json::from_str(&answer).map_err(|_| BrokerError::Unexpected {
-            what: "the list of connections",
-            text: answer,
-        })?;
+        self.names("list_connections", "the list of connections")
+    }
+
+    /// Returns the names of the channels that are open at this moment.
+    ///
+    /// # Errors
+    ///
+    /// When `rabbitmqctl` fails.
+    pub fn channels(&self) -> Result<Vec<String>, BrokerError> {
+        self.names("list_channels", "the list of channels")
+    }
+
+    fn names(&self, list: &str, what: &'static str) -> Result<Vec<String>, BrokerError> {
+        let answer = self.node.ctl(&[list, "name", "vhost", "--formatter", "json"])?;
+        let all: Value = serde_json::from_str(&answer)
+            .map_err(|_| BrokerError::Unexpected { what, text: answer })?;
         Ok(all
             .as_array()
             .into_iter()
             .flatten()
-            .filter(|connection| text(connection, "vhost") == self.name)
-            .map(|connection| text(connection, "name"))
+            .filter(|listed| text(listed, "vhost") == self.name)
+            .map(|listed| text(listed, "name"))
             .collect())
     }
 

@@ -1,4 +1,4 @@
-//! What is removed for good before the work begins.
+//! What is removed for good before the work begins, and what is left when nothing is taken any more.
 
 use std::{collections::HashSet, num::NonZeroUsize, sync::Arc, time::Duration};
 
@@ -91,6 +91,41 @@ async fn what_waits_behind_what_is_taken_comes_once_and_counts_for_nothing() {
         }
         take(&*session, [delivery.ticket]).await;
     }
+    session.close().await;
+    blocking(move || drop(vhost)).await;
+}
+
+/// A process that reads results now and then would come to the end of the channels that its broker grants.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscription_that_is_over_leaves_no_channel() {
+    const WINDOW: NonZeroUsize = NonZeroUsize::new(100).unwrap();
+    let vhost = Arc::new(vhost().await);
+    let until_there_are = async |channels: usize| {
+        let counted = async || {
+            let vhost = Arc::clone(&vhost);
+            blocking(move || vhost.channels().unwrap().len()).await
+        };
+        soon(async { while counted().await != channels {} }).await;
+    };
+    let session = rabbit(&vhost.url()).open(&NodeId::unique("node").unwrap()).await.unwrap();
+    // That of what is published.
+    until_there_are(1).await;
+    send(&*session, 20).await;
+    let mut held = Vec::new();
+    for stops in [true, false] {
+        let mut subscription = session.subscribe(Source::Atom(ATOM), WINDOW).await.unwrap();
+        held.append(&mut soon(subscription.next(NonZeroUsize::MIN)).await.unwrap());
+        if stops {
+            soon(subscription.stop()).await;
+        }
+    }
+    // What was handed out can be settled, so its channel is there.
+    until_there_are(1 + held.len()).await;
+    let batch = held.into_iter().map(|delivery| (delivery.ticket, Outcome::done(Vec::new())));
+    for settled in soon(session.settle(batch.collect())).await {
+        settled.unwrap();
+    }
+    until_there_are(1).await;
     session.close().await;
     blocking(move || drop(vhost)).await;
 }
