@@ -25,7 +25,7 @@ use lapin::{
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
@@ -40,6 +40,8 @@ use crate::{
 
 /// How long cancelling a consumer may take.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same where nobody waits for it: a queue without a leader may be about to get one.
+const UNHURRIED_CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long an acknowledgement may take to be written.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an acknowledgement waits for others: a group costs the broker as much as one of those that are in it, a
@@ -47,6 +49,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// in order, so holes mostly close within it, too. Longer would be faster where one call follows another, but what is
 /// gathered when a session ends comes again.
 const GATHERED_WITHIN: Duration = Duration::from_millis(2);
+/// How long a channel stays open behind its last acknowledgement.
+const LINGER: Duration = Duration::from_secs(1);
 /// How many wait at the most, in a window that is large enough.
 const GATHERED_MAX: usize = 64;
 /// How many commands are carried out before acknowledgements are sent.
@@ -227,7 +231,13 @@ impl Settler {
                 return work.lost(&error);
             }
             if self.is_done(&work) {
-                return self.id.lanes.remove(self.id.number);
+                self.id.lanes.remove(self.id.number);
+                // What was sent may not be carried out yet, and would be undone with the channel.
+                tokio::select! {
+                    () = sleep(LINGER) => {}
+                    _ = self.life.ended() => {}
+                }
+                return;
             }
         }
     }
@@ -524,19 +534,22 @@ pub(crate) struct Taking {
 
 impl Taking {
     /// Cancels the consumer, gives back what was brought and not handed out, and has the lane end with the last of what
-    /// was handed out: so many.
-    async fn stop(&mut self, mut delivered: u64) {
+    /// was handed out: so many. An error says that the consumer may be there still.
+    async fn stop(
+        &mut self,
+        mut delivered: u64,
+        life: &Life,
+        limit: Duration,
+    ) -> Result<(), SessionError> {
         let tag = self.consumer.tag();
         let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions::default());
-        if !matches!(timeout(CANCEL_TIMEOUT, cancelled).await, Ok(Ok(()))) {
-            // The channel is of no more use; the broker takes back what it delivered.
-            return;
-        }
+        life.bound(limit, cancelled).await?;
         while let Some(Some(Ok(delivery))) = self.consumer.next().now_or_never() {
             delivered += 1;
             drop(self.id.ticket(delivery.delivery_tag));
         }
         self.id.lanes.command(self.id.number, Command::Stopped { delivered });
+        Ok(())
     }
 }
 
@@ -564,8 +577,11 @@ impl Drop for LaneSubscription {
     /// The lane lives on for what was handed out, and would keep the rest.
     fn drop(&mut self) {
         if !self.is_over {
-            let (mut taking, delivered) = (self.taking.clone(), self.window.delivered);
-            self.runtime.spawn(async move { taking.stop(delivered).await });
+            let (mut taking, life) = (self.taking.clone(), self.life.clone());
+            let delivered = self.window.delivered;
+            self.runtime.spawn(async move {
+                taking.stop(delivered, &life, UNHURRIED_CANCEL_TIMEOUT).await
+            });
         }
     }
 }
@@ -638,7 +654,9 @@ impl Subscription for LaneSubscription {
     }
 
     async fn stop(&mut self) {
-        self.taking.stop(self.window.delivered).await;
-        self.is_over = true;
+        if !self.is_over {
+            let stopped = self.taking.stop(self.window.delivered, &self.life, CANCEL_TIMEOUT).await;
+            self.is_over = stopped.is_ok();
+        }
     }
 }

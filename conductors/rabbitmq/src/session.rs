@@ -230,7 +230,10 @@ impl RabbitSession {
         if quarantine.holds(queue)
             && let Err(failed) = self.probe(queue).await
         {
-            quarantine.add(queue);
+            // What says nothing of the queue must not keep it here.
+            if failed.is_of_queue() {
+                quarantine.add(queue);
+            }
             return Err(failed);
         }
         let consumed = self.consume(queue, prefetch).await;
