@@ -72,7 +72,7 @@ impl Inboxes {
         for_long
     }
 
-    /// Notes that the inbox of a node is consumed, or gone.
+    /// Notes that the inbox of a node is consumed.
     pub(crate) fn works(&self, node: &NodeId) {
         self.known().failing.remove(node);
     }
