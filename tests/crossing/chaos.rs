@@ -196,7 +196,7 @@ fn is_inbox(queue: &str) -> bool {
 /// no leader, ever. Nothing is in it, and where it is of one process or session, nobody misses it.
 fn is_empty(queue: &str, depth: Option<Depth>) -> bool {
     match depth {
-        // Events are there to stay. Brokers count them only where the stream is led.
+        // Events are no work, and there to stay; not every broker tells how many there are.
         _ if queue == "atomizer.events" => true,
         Some(depth) => depth == Depth::default(),
         None => is_inbox(queue) || queue.starts_with("atomizer.lease."),

@@ -46,8 +46,7 @@ const UNHURRIED_CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an acknowledgement waits for others: a group costs the broker as much as one of those that are in it, a
 /// write to its log, which what is published next had to wait for. Runs that end at about the same time do not end
-/// in order, so holes mostly close within it, too. Longer would be faster where one call follows another, but what is
-/// gathered when a session ends comes again.
+/// in order, so holes mostly close within it, too. Not longer: what is gathered when a session ends comes again.
 const GATHERED_WITHIN: Duration = Duration::from_millis(2);
 /// How long a channel stays open behind its last acknowledgement.
 const LINGER: Duration = Duration::from_secs(1);
