@@ -7,6 +7,8 @@
 
 use std::{
     collections::HashMap,
+    fmt::Display,
+    hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -14,6 +16,7 @@ use std::{
 use atomizer::SendError;
 use lapin::{
     Channel, Confirmation, Connection, options::ConfirmSelectOptions, protocol::AMQPSoftError,
+    types::ShortString,
 };
 use tokio::{
     sync::{Mutex as AsyncMutex, Semaphore},
@@ -38,20 +41,24 @@ const CHANNELS_MAX: usize = 64;
 /// How long a message waits for others that have the same destination.
 const TURN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Where messages go: one key of an exchange, or all of it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Destination {
-    exchange: String,
-    key: Option<String>,
-}
+/// Where messages go: one key of an exchange, or all of it. Their hash only (64 bits), for there is one for each
+/// message under way; one that is taken for another's costs no more than a way aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Destination(u64);
 
 impl Destination {
     pub(crate) fn key(Route { exchange, key }: &Route) -> Self {
-        Self { exchange: exchange.to_string(), key: Some(key.to_string()) }
+        Self::of(exchange.as_str(), Some(key.as_str()))
     }
 
     pub(crate) fn exchange(exchange: &str) -> Self {
-        Self { exchange: exchange.to_owned(), key: None }
+        Self::of(exchange, None)
+    }
+
+    fn of(exchange: &str, key: Option<&str>) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (exchange, key).hash(&mut hasher);
+        Self(hasher.finish())
     }
 }
 
@@ -74,7 +81,7 @@ impl Suspects {
     }
 
     /// Has what goes there published aside from now on.
-    pub(crate) fn add(&self, destination: Destination) {
+    pub(crate) fn add(&self, destination: Destination, name: &impl Display) {
         let mut suspects = self.lock();
         let since = Instant::now();
         if let Some(suspect) = suspects.get_mut(&destination) {
@@ -84,11 +91,11 @@ impl Suspects {
         suspects.retain(|_, suspect| suspect.since.elapsed() < KEPT);
         if suspects.len() >= KEPT_MAX {
             let oldest = suspects.iter().min_by_key(|(_, suspect)| suspect.since);
-            if let Some(oldest) = oldest.map(|(oldest, _)| oldest.clone()) {
+            if let Some(oldest) = oldest.map(|(oldest, _)| *oldest) {
                 suspects.remove(&oldest);
             }
         }
-        tracing::warn!(?destination, "what goes there is published aside for now");
+        tracing::warn!(destination = %name, "what goes there is published aside for now");
         suspects.insert(destination, Suspect { since, turn: Turn::default() });
     }
 
@@ -102,20 +109,21 @@ impl Suspects {
             .into_iter()
             .find_map(|destination| {
                 let suspect = suspects.get(&destination)?;
-                let turn = Arc::clone(&suspect.turn);
-                (suspect.since.elapsed() < KEPT).then_some(Found { destination, turn })
+                let (exchange, turn) = (route.exchange.clone(), Arc::clone(&suspect.turn));
+                (suspect.since.elapsed() < KEPT).then_some(Found { destination, exchange, turn })
             })
     }
 
     /// Trusts a destination again.
-    pub(crate) fn remove(&self, destination: &Destination) {
-        self.lock().remove(destination);
+    pub(crate) fn remove(&self, destination: Destination) {
+        self.lock().remove(&destination);
     }
 }
 
 /// A suspected destination.
 pub(crate) struct Found {
     destination: Destination,
+    exchange: ShortString,
     turn: Turn,
 }
 
@@ -137,14 +145,15 @@ impl Aside {
     }
 
     /// Publishes over a new channel. What is returned is in the confirmation: there is nothing else on the channel.
-    /// `way` is where it goes, or all that is suspected with it.
+    /// `way` is where it goes, or all that is suspected with it, and `name` what that is called.
     ///
     /// # Errors
     /// What is neither a refusal nor silence ends the session, as it would elsewhere.
     pub(crate) async fn publish(
         &self,
-        Found { destination, turn }: Found,
+        Found { destination, exchange, turn }: Found,
         way: Destination,
+        name: &impl Display,
         publish: impl AsyncFnOnce(&Channel) -> lapin::Result<Confirmation>,
     ) -> lapin::Result<Result<Confirmation, SendError>> {
         let not_taken = |reason: String| Ok(Err(SendError::NotTaken(reason)));
@@ -170,20 +179,20 @@ impl Aside {
         };
         match timeout(REQUEST_TIMEOUT, publishing).await {
             Ok(Ok(confirmation)) => {
-                self.suspects.remove(&destination);
+                self.suspects.remove(destination);
                 Ok(Ok(confirmation))
             }
             Ok(Err(error)) if refusal(&error) == Some(AMQPSoftError::ACCESSREFUSED) => {
-                self.suspects.add(Destination::exchange(&destination.exchange));
+                self.suspects.add(Destination::exchange(exchange.as_str()), &exchange);
                 Ok(Err(SendError::Refused(plain(&error))))
             }
             Ok(Err(error)) => Err(error),
             Err(_) => {
                 if destination != way {
                     // Its exchange is not refused any more.
-                    self.suspects.remove(&destination);
+                    self.suspects.remove(destination);
                 }
-                self.suspects.add(way);
+                self.suspects.add(way, name);
                 not_taken(format!("no confirm within {REQUEST_TIMEOUT:?}"))
             }
         }
@@ -204,14 +213,14 @@ mod tests {
     async fn what_is_suspected_is_bounded_and_forgotten_after_a_while() {
         let suspects = Suspects::default();
         for key in 0..=KEPT_MAX {
-            suspects.add(Destination::key(&route(key)));
+            suspects.add(Destination::key(&route(key)), &key);
             advance(Duration::from_millis(1)).await;
         }
         assert!(suspects.find(&route(0)).is_none(), "the oldest makes room");
         assert!(suspects.find(&route(1)).is_some());
-        suspects.remove(&Destination::key(&route(1)));
+        suspects.remove(Destination::key(&route(1)));
         assert!(suspects.find(&route(1)).is_none());
-        suspects.add(Destination::exchange("exchange"));
+        suspects.add(Destination::exchange("exchange"), &"exchange");
         assert!(suspects.find(&route(1)).is_some(), "all of it is");
         advance(KEPT).await;
         assert!(suspects.find(&route(1)).is_none());

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    mem,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -292,16 +293,6 @@ fn is_meant_by(exchange: &str, error: &lapin::Error) -> bool {
     plain(error).contains(&format!("'{exchange}'"))
 }
 
-/// What was published, and where the result goes.
-struct Place {
-    batch: usize,
-    at: usize,
-    /// Where its time is counted.
-    wait: usize,
-    to: Address,
-    delayed: bool,
-}
-
 /// What the broker says of one message.
 enum Verdict {
     Taken,
@@ -324,7 +315,8 @@ impl Verdict {
 
 /// What the broker answered.
 struct Answer {
-    place: Place,
+    /// Who waits for it.
+    wait: usize,
     answer: Result<Verdict, SendError>,
 }
 
@@ -342,28 +334,40 @@ struct Line {
     life: Life,
 }
 
-/// A message that is not confirmed yet.
+/// A message that is not confirmed yet, and where the result goes.
 struct Wait {
     /// How long, not counted while the broker is blocked.
     waited: Duration,
     destination: Destination,
     aside: bool,
+    to: Address,
+    delayed: bool,
+    batch: usize,
+    at: usize,
+}
+
+/// A destination for which something is late.
+struct Silent {
+    /// For how long nothing was confirmed for it.
+    lasts: Duration,
+    to: Address,
 }
 
 /// What is on its way to the broker.
-struct UnderWay<'a> {
+struct UnderWay<'a, F> {
     line: &'a Line,
+    /// [`publish`], whose future has no name.
+    publish: fn(&'a Line, Outgoing, usize) -> F,
     moves: Moves,
     declines: Declines,
     /// Whether the broker has ever taken a message here.
     proven: bool,
-    publishes: FuturesUnordered<BoxFuture<'a, Answered<Answer>>>,
+    publishes: FuturesUnordered<F>,
     /// What is published over channels of its own, and whether it was returned.
     asides: FuturesUnordered<BoxFuture<'a, (Answer, bool)>>,
     /// For how long nothing was confirmed on the channel.
     silent: Duration,
-    /// The same for each destination for which something is late.
-    silent_there: HashMap<Destination, Duration>,
+    silent_there: HashMap<Destination, Silent>,
     waits: Slab<Wait>,
     batches: Slab<Batch>,
     returns: Returns<Answer>,
@@ -378,6 +382,7 @@ async fn publish_all(
 ) {
     let mut under_way = UnderWay {
         line: &line,
+        publish,
         declines: Declines::new(moves.clone()),
         moves,
         proven: false,
@@ -416,7 +421,7 @@ async fn publish_all(
     }
 }
 
-impl UnderWay<'_> {
+impl<F: Future<Output = Answered<Answer>>> UnderWay<'_, F> {
     fn begin(&mut self, Command { batch, done }: Command) {
         let unanswered = batch.iter().filter(|prepared| prepared.is_ok()).count();
         let results = Vec::with_capacity(batch.len());
@@ -425,14 +430,21 @@ impl UnderWay<'_> {
             let result = prepared.map(|publication| {
                 let Publication { message, destination, to, delayed } = publication;
                 let found = self.line.aside.suspects.find(&message.route);
-                let way = found.is_some().then(|| destination.clone());
-                let aside = found.is_some();
-                let wait = self.waits.insert(Wait { waited: Duration::ZERO, destination, aside });
-                let place = Place { batch: number, at, wait, to, delayed };
-                match found.zip(way) {
-                    None => self.publishes.push(publish(self.line, message, place)),
-                    Some(suspected) => {
-                        let publishing = publish_aside(self.line, message, place, suspected);
+                let name = found.is_some().then(|| to.clone());
+                let wait = self.waits.insert(Wait {
+                    waited: Duration::ZERO,
+                    destination,
+                    aside: found.is_some(),
+                    to,
+                    delayed,
+                    batch: number,
+                    at,
+                });
+                match found.zip(name) {
+                    None => self.publishes.push((self.publish)(self.line, message, wait)),
+                    Some((found, name)) => {
+                        let suspected = (found, destination, name);
+                        let publishing = publish_aside(self.line, message, wait, suspected);
                         self.asides.push(Box::pin(publishing));
                     }
                 }
@@ -449,24 +461,26 @@ impl UnderWay<'_> {
             return;
         }
         let mut longest = Duration::ZERO;
-        for wait in self.silent_there.values_mut().chain([&mut self.silent]) {
-            *wait += LOOK_EVERY;
+        let there = self.silent_there.values_mut().map(|silent| &mut silent.lasts);
+        for lasts in there.chain([&mut self.silent]) {
+            *lasts += LOOK_EVERY;
         }
         for (_, wait) in &mut self.waits {
             wait.waited += LOOK_EVERY;
             longest = longest.max(wait.waited);
             let is_late = !wait.aside && wait.waited >= LATE_AFTER;
-            if is_late && !self.silent_there.contains_key(&wait.destination) {
-                self.silent_there.insert(wait.destination.clone(), LATE_AFTER);
+            if is_late {
+                let silent = || Silent { lasts: LATE_AFTER, to: wait.to.clone() };
+                self.silent_there.entry(wait.destination).or_insert_with(silent);
             }
         }
         let hopeless = !self.proven && longest >= FIRST_CONFIRM_TIMEOUT;
         let mut stopped = false;
         for (destination, silent) in &self.silent_there {
-            let is_stuck = *silent >= SILENT_MAX;
+            let is_stuck = silent.lasts >= SILENT_MAX;
             stopped |= is_stuck && self.silent >= SILENT_MAX;
             if is_stuck || hopeless {
-                aside.suspects.add(destination.clone());
+                aside.suspects.add(*destination, &silent.to);
             }
         }
         if longest >= CONFIRM_TIMEOUT || ((hopeless || stopped) && self.moves.may()) {
@@ -476,16 +490,18 @@ impl UnderWay<'_> {
 
     /// Takes in all that is answered by now, and only then decides: what was returned is told by any of them.
     fn answered(&mut self, first: Answered<Answer>) {
-        let mut all = vec![first];
+        let mut returns = mem::take(&mut self.returns);
+        returns.add(first);
         while let Some(Some(next)) = self.publishes.next().now_or_never() {
-            all.push(next);
+            returns.add(next);
         }
-        for (answer, returned) in self.returns.judge(all) {
+        returns.judge(|answer, returned| {
             if answer.answer.is_ok() {
-                self.is_confirmed(answer.place.wait);
+                self.is_confirmed(answer.wait);
             }
             self.told(answer, returned);
-        }
+        });
+        self.returns = returns;
     }
 
     fn is_confirmed(&mut self, wait: usize) {
@@ -493,25 +509,28 @@ impl UnderWay<'_> {
         if self.silent_there.is_empty() {
             return;
         }
-        let destination = &self.waits[wait].destination;
-        if self.silent_there.remove(destination).is_some() {
+        let destination = self.waits[wait].destination;
+        if self.silent_there.remove(&destination).is_some() {
             self.line.aside.suspects.remove(destination);
         }
     }
 
-    fn told(&mut self, answer: Answer, returned: bool) {
-        let (number, at) = (answer.place.batch, answer.place.at);
-        let result = self.decide(answer, returned);
+    fn told(&mut self, Answer { wait, answer }: Answer, returned: bool) {
+        let wait = self.waits.remove(wait);
+        let (number, at) = (wait.batch, wait.at);
+        let result = answer.and_then(|verdict| self.decide(wait, &verdict, returned));
         let batch = &mut self.batches[number];
         batch.results[at] = result;
         batch.unanswered -= 1;
         self.finish(number);
     }
 
-    fn decide(&mut self, answer: Answer, returned: bool) -> Result<(), SendError> {
-        let Answer { place: Place { wait, to, delayed, .. }, answer } = answer;
-        let Wait { waited, .. } = self.waits.remove(wait);
-        let verdict = answer?;
+    fn decide(
+        &mut self,
+        Wait { waited, to, delayed, .. }: Wait,
+        verdict: &Verdict,
+        returned: bool,
+    ) -> Result<(), SendError> {
         if returned {
             // The next session declares again what is missing.
             if let Address::DeadLetter(_) = to {
@@ -554,12 +573,16 @@ impl UnderWay<'_> {
     }
 }
 
-fn publish(line: &Line, message: Outgoing, place: Place) -> BoxFuture<'_, Answered<Answer>> {
+fn publish(
+    line: &Line,
+    message: Outgoing,
+    wait: usize,
+) -> impl Future<Output = Answered<Answer>> + Send {
     let Outgoing { route: Route { exchange, key }, properties, body } = message;
     let returned_as = Key::new(exchange.as_str(), key.as_str(), &properties);
     let name = exchange.clone();
     // What an `async fn` takes it keeps beside what is made of it: there is one of these for each message under way.
-    Box::pin(async move {
+    async move {
         let publishing = line.channel.basic_publish(exchange, key, MANDATORY, &body, properties);
         let confirming = publishing.await;
         let confirmed = match confirming {
@@ -570,26 +593,26 @@ fn publish(line: &Line, message: Outgoing, place: Place) -> BoxFuture<'_, Answer
             Ok((verdict, carried)) => (Ok(verdict), carried),
             Err(error) => (Err(Box::pin(line.failed(name.as_str(), &error)).await), None),
         };
-        Answered { key: returned_as, carried, what: Answer { place, answer } }
-    })
+        Answered { key: returned_as, carried, what: Answer { wait, answer } }
+    }
 }
 
 async fn publish_aside(
     line: &Line,
     message: Outgoing,
-    place: Place,
-    (found, way): (Found, Destination),
+    wait: usize,
+    (found, way, name): (Found, Destination, Address),
 ) -> (Answer, bool) {
     let exchange = message.route.exchange.clone();
     let publish = async |channel: &Channel| message.publish(channel).await;
-    let answer = match line.aside.publish(found, way, publish).await {
+    let answer = match line.aside.publish(found, way, &name, publish).await {
         Ok(answer) => answer.map(Verdict::of),
         Err(error) => Err(line.failed(exchange.as_str(), &error).await),
     };
     match answer {
         // There was nothing else on its channel.
-        Ok((verdict, carried)) => (Answer { place, answer: Ok(verdict) }, carried.is_some()),
-        Err(error) => (Answer { place, answer: Err(error) }, false),
+        Ok((verdict, carried)) => (Answer { wait, answer: Ok(verdict) }, carried.is_some()),
+        Err(error) => (Answer { wait, answer: Err(error) }, false),
     }
 }
 
@@ -611,7 +634,7 @@ impl Line {
         life.end(format!("publishing failed: {}", plain(error)));
         match refusal(error) {
             Some(AMQPSoftError::ACCESSREFUSED) if is_meant_by(exchange, error) => {
-                aside.suspects.add(Destination::exchange(exchange));
+                aside.suspects.add(Destination::exchange(exchange), &exchange);
                 SendError::Refused(plain(error))
             }
             _ => SendError::Unknown(plain(error)),

@@ -48,38 +48,44 @@ pub(crate) struct Answered<T> {
 pub(crate) struct Returns<T> {
     /// Messages that were carried, and whose own answer has not come.
     unclaimed: HashMap<Key, u32>,
-    /// Answers that carried the message of another.
-    uncertain: Vec<Answered<T>>,
+    /// Answers that are not judged: those that are new, and those that carried the message of another.
+    unjudged: Vec<Answered<T>>,
 }
 
 impl<T> Default for Returns<T> {
     fn default() -> Self {
-        Self { unclaimed: HashMap::new(), uncertain: Vec::new() }
+        Self { unclaimed: HashMap::new(), unjudged: Vec::new() }
     }
 }
 
 impl<T> Returns<T> {
-    /// Takes in answers, and says of all that can be judged now whether their message was returned.
-    pub(crate) fn judge(&mut self, answered: Vec<Answered<T>>) -> Vec<(T, bool)> {
-        for key in answered.iter().filter_map(|answered| answered.carried) {
+    /// Takes in an answer.
+    pub(crate) fn add(&mut self, answered: Answered<T>) {
+        if let Some(key) = answered.carried {
             *self.unclaimed.entry(key).or_default() += 1;
         }
-        let mut judged = Vec::with_capacity(answered.len());
-        let mut left = std::mem::take(&mut self.uncertain);
-        left.extend(answered);
-        for answered in left {
-            if self.claim(answered.key) {
-                judged.push((answered.what, true));
-            } else if answered.carried.is_some() {
-                self.uncertain.push(answered);
-            } else {
-                judged.push((answered.what, false));
+        self.unjudged.push(answered);
+    }
+
+    /// Says of all that can be judged now whether their message was returned.
+    pub(crate) fn judge(&mut self, mut judged: impl FnMut(T, bool)) {
+        if !self.unclaimed.is_empty() {
+            for answered in std::mem::take(&mut self.unjudged) {
+                if self.claim(answered.key) {
+                    judged(answered.what, true);
+                } else if answered.carried.is_some() {
+                    self.unjudged.push(answered);
+                } else {
+                    judged(answered.what, false);
+                }
             }
         }
         if self.unclaimed.is_empty() {
-            judged.extend(self.uncertain.drain(..).map(|answered| (answered.what, false)));
+            // Drained and not taken: there are up to a thousand each time, and their room is needed again.
+            for answered in self.unjudged.drain(..) {
+                judged(answered.what, false);
+            }
         }
-        judged
     }
 
     fn claim(&mut self, key: Key) -> bool {
@@ -108,7 +114,9 @@ mod tests {
         returns: &mut Returns<&'static str>,
         answers: Vec<Answered<&'static str>>,
     ) -> Vec<(&'static str, bool)> {
-        let mut judged = returns.judge(answers);
+        let mut judged = Vec::new();
+        answers.into_iter().for_each(|answered| returns.add(answered));
+        returns.judge(|what, returned| judged.push((what, returned)));
         judged.sort_unstable();
         judged
     }
@@ -129,7 +137,7 @@ mod tests {
         assert_eq!(judge(&mut returns, vec![answered("well", None)]), [("well", false)]);
         let judged = judge(&mut returns, vec![answered("b", Some("a"))]);
         assert_eq!(judged, [("a", true), ("b", true)]);
-        assert!(returns.unclaimed.is_empty() && returns.uncertain.is_empty());
+        assert!(returns.unclaimed.is_empty() && returns.unjudged.is_empty());
     }
 
     #[test]

@@ -17,7 +17,6 @@ use atomizer::{
     Outcome, ReplyTo, ResultsId, SendError, Session, SessionError, SettleError, Source,
     Subscription, Ticket, wire::METADATA_BYTES_MAX,
 };
-use futures::future::join_all;
 use lapin::{
     Channel, Connection, Consumer,
     options::{
@@ -710,12 +709,15 @@ impl Session for RabbitSession {
     async fn settle(&self, batch: Vec<(Ticket, Outcome)>) -> Vec<Result<(), SettleError>> {
         let handed_over: Vec<_> =
             batch.into_iter().map(|(ticket, outcome)| self.settle_one(ticket, outcome)).collect();
-        join_all(
-            handed_over
-                .into_iter()
-                .map(async |settled| settled?.await.unwrap_or_else(|_| Err(channel_ended()))),
-        )
-        .await
+        let mut results = Vec::with_capacity(handed_over.len());
+        // One after the other: all are under way, and the last is there when any others would be.
+        for settled in handed_over {
+            results.push(match settled {
+                Ok(settled) => settled.await.unwrap_or_else(|_| Err(channel_ended())),
+                Err(error) => Err(error),
+            });
+        }
+        results
     }
 
     async fn park(&self, ticket: Ticket, changed: Arc<Electron>) -> Result<Ticket, SettleError> {
