@@ -1,5 +1,8 @@
 //! One life of the connections to a broker.
 
+mod consume;
+mod inbox;
+
 use std::{
     collections::HashSet,
     fmt,
@@ -18,11 +21,8 @@ use atomizer::{
     Subscription, Ticket, wire::METADATA_BYTES_MAX,
 };
 use lapin::{
-    Channel, Connection, Consumer,
-    options::{
-        BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
-        QueueDeclareOptions, QueueDeleteOptions,
-    },
+    Channel, Connection,
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
     protocol::AMQPSoftError,
     types::FieldTable,
 };
@@ -30,7 +30,7 @@ use tokio::{
     runtime::Handle,
     sync::{Mutex as AsyncMutex, mpsc, oneshot},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::timeout,
 };
 
 use crate::{
@@ -42,21 +42,13 @@ use crate::{
     inbox::Inboxes,
     lane::{Command, LaneId, LaneSubscription, Lanes, Settler, Taking, Window, gathered_max},
     lease::{Held, Lease, Leases, PARKED_MAX, Receiver},
-    life::{
-        CLOSE_TIMEOUT, CloseWhenDropped, Life, REPLY_SUCCESS, REQUEST_TIMEOUT, close, watch_over,
-    },
-    opened::Opened,
+    life::{CLOSE_TIMEOUT, CloseWhenDropped, Life, REQUEST_TIMEOUT, close, watch_over},
     publisher::{Moves, Publisher, Via},
-    quarantine::{self, Quarantine},
+    quarantine::Quarantine,
     server::Server,
     topology::{Route, Topology, TopologyMode},
     watchdog::Watchdog,
 };
-
-/// How long it takes until an inbox that cost a connection is tried again.
-const INBOX_PAUSE: Duration = Duration::from_secs(5);
-/// How long deleting a queue without a leader may take: a broker asks each of its members first, for 5 s.
-const LEADERLESS_DELETE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long what is for all nodes waits to be read, in milliseconds.
 const TOLD_FOR_MS: &str = "60000";
@@ -219,135 +211,6 @@ impl RabbitSession {
         }
     }
 
-    /// Begins to consume, though not before that is known to be safe where it has cost a session.
-    async fn consume_safely(
-        &self,
-        queue: &str,
-        prefetch: u16,
-    ) -> Result<(Channel, Consumer), NotConsumed> {
-        let quarantine = &self.options.quarantine;
-        if quarantine.holds(queue)
-            && let Err(failed) = self.probe(queue).await
-        {
-            // What says nothing of the queue must not keep it here.
-            if failed.is_of_queue() {
-                quarantine.add(queue);
-            }
-            return Err(failed);
-        }
-        let consumed = self.consume(queue, prefetch).await;
-        if let Err(NotConsumed::Down(_)) = &consumed {
-            quarantine.add(queue);
-        }
-        consumed
-    }
-
-    /// Finds out over a connection of its own whether a queue can be consumed. It may be brought one delivery, which goes
-    /// back.
-    async fn probe(&self, queue: &str) -> Result<(), NotConsumed> {
-        let probing = async {
-            let connecting = Opened::connect(&self.address, &self.node, "probes", REQUEST_TIMEOUT);
-            let probe = connecting.await.map_err(SessionError::lost)?;
-            drop(self.consume_over(&probe.connection, &probe.life, queue, 1).await?);
-            probe.close().await;
-            Ok(())
-        };
-        tokio::select! {
-            probed = probing => probed,
-            error = self.life.ended() => Err(error.into()),
-        }
-    }
-
-    async fn consume(
-        &self,
-        queue: &str,
-        prefetch: u16,
-    ) -> Result<(Channel, Consumer), NotConsumed> {
-        self.consume_over(&self.consuming, &self.life, queue, prefetch).await
-    }
-
-    async fn consume_over(
-        &self,
-        connection: &Connection,
-        life: &Life,
-        queue: &str,
-        prefetch: u16,
-    ) -> Result<(Channel, Consumer), NotConsumed> {
-        let channel = life.bound(REQUEST_TIMEOUT, connection.create_channel()).await?;
-        let runtime = Handle::current();
-        let mut unused = Unused { session: self, channel: Some(channel.clone()), runtime };
-        let consuming = async {
-            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-            let options = BasicConsumeOptions::default();
-            let tag = self.node.as_str().into();
-            channel.basic_consume(queue.into(), tag, options, FieldTable::default()).await
-        };
-        let answered = async { timeout(REQUEST_TIMEOUT, consuming).await.ok().transpose() };
-        match life.bound(Duration::MAX, answered).await {
-            Ok(Some(consumer)) => {
-                unused.channel = None;
-                Ok((channel, consumer))
-            }
-            Ok(None) => Err(NotConsumed::Silent(silent(queue))),
-            Err(error) if quarantine::is_internal(&error) => {
-                Err(NotConsumed::Down(down(queue, &error)))
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Gets over an inbox that has no leader and gets none, or whose process is down. Once it has failed for a while, and
-    /// another queue is consumed, it is deleted, and the session ends: the next one makes it anew, and what was asked is
-    /// asked again.
-    async fn inbox_failed(&self, failed: NotConsumed) -> SessionError {
-        let inbox = self.topology.inbox_queue(&self.node);
-        if !self.options.inboxes.fails_for_long(&self.node) {
-            if let NotConsumed::Down(_) = &failed {
-                // A session that refuses the inbox again and again is let go of.
-                tokio::select! {
-                    () = sleep(INBOX_PAUSE) => {}
-                    _ = self.life.ended() => {}
-                }
-            }
-            return failed.into();
-        }
-        let error = SessionError::from(failed);
-        // Where too few brokers are left for any queue, this one has a leader when they are back.
-        if let Err(error) = self.try_another_inbox().await {
-            return error;
-        }
-        tracing::warn!(inbox, %error, "an inbox that cannot be consumed is deleted, and made anew");
-        let error = self.delete_leaderless(inbox.clone()).await.map_or_else(
-            |error| error,
-            |()| SessionError::lost(format!("{inbox} could not be consumed, and was deleted")),
-        );
-        self.life.end_with(error.clone());
-        error
-    }
-
-    /// Makes a queue that is like the inbox and consumes it, and removes it again.
-    async fn try_another_inbox(&self) -> Result<(), SessionError> {
-        let name = self.topology.trial_queue(&self.node, self.epoch);
-        self.options.inboxes.tries(&name);
-        let declaring = self.topology.declare_inbox(&self.consuming, &name);
-        self.life.bound(REQUEST_TIMEOUT, declaring).await?;
-        let consumed = self.consume(&name, 1).await;
-        self.delete_trial(name.clone()).await;
-        Ok(consumed.map(drop)?)
-    }
-
-    /// Deletes a queue that was made only to try it, or leaves that to the next session: it may have no leader
-    /// either, and would then be there for ever.
-    fn delete_trial(&self, name: String) -> impl Future<Output = ()> + Send + 'static {
-        let (inboxes, deleting) =
-            (self.options.inboxes.clone(), self.delete_leaderless(name.clone()));
-        async move {
-            if deleting.await.is_ok() {
-                inboxes.tried(&name);
-            }
-        }
-    }
-
     /// Has the inbox hear what is for all nodes: a help that others do not rely on.
     async fn hear_all(&self) {
         let binding = self.topology.bind_inbox(&self.consuming, &self.node);
@@ -370,20 +233,6 @@ impl RabbitSession {
         let publishing =
             self.life.bound(REQUEST_TIMEOUT, on_own_channel(&self.publishing, publish));
         publishing.await.map(drop).map_err(|error| SendError::NotTaken(error.to_string()))
-    }
-
-    fn delete_leaderless(
-        &self,
-        queue: String,
-    ) -> impl Future<Output = Result<(), SessionError>> + Send + 'static {
-        let (life, publishing) = (self.life.clone(), Arc::clone(&self.publishing));
-        async move {
-            let delete = async |channel: &Channel| {
-                channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await
-            };
-            let deleting = on_own_channel(&publishing, delete);
-            life.bound(LEADERLESS_DELETE_TIMEOUT, deleting).await.map(drop)
-        }
     }
 
     /// Runs a task for as long as the session is there.
@@ -517,57 +366,6 @@ impl RabbitSession {
     }
 }
 
-/// Why a queue is not consumed.
-enum NotConsumed {
-    /// There was no answer, as with a queue without a leader.
-    Silent(SessionError),
-    /// That cost the connection: its process may be down.
-    Down(SessionError),
-    /// It is not known to be the queue's fault.
-    Other(SessionError),
-}
-
-impl NotConsumed {
-    /// Whether another queue may be well.
-    fn is_of_queue(&self) -> bool {
-        matches!(self, Self::Silent(_) | Self::Down(_))
-    }
-}
-
-impl From<SessionError> for NotConsumed {
-    fn from(error: SessionError) -> Self {
-        Self::Other(error)
-    }
-}
-
-impl From<NotConsumed> for SessionError {
-    fn from(failed: NotConsumed) -> Self {
-        match failed {
-            NotConsumed::Silent(error) | NotConsumed::Down(error) | NotConsumed::Other(error) => {
-                error
-            }
-        }
-    }
-}
-
-/// A channel that is closed unless it comes to be used. A consumer that comes into being when nobody waits for it
-/// any more would hold for ever what nobody takes from it: the client keeps it, and with it the channel.
-struct Unused<'session> {
-    session: &'session RabbitSession,
-    channel: Option<Channel>,
-    runtime: Handle,
-}
-
-impl Drop for Unused<'_> {
-    fn drop(&mut self) {
-        let Some(channel) = self.channel.take() else { return };
-        self.session.spawn_on(&self.runtime, async move {
-            let closing = channel.close(REPLY_SUCCESS, "too late".into());
-            drop(timeout(REQUEST_TIMEOUT, closing).await);
-        });
-    }
-}
-
 /// Deletes a queue, or leaves it to expire.
 async fn delete(connection: &Connection, queue: &str) {
     let delete = async |channel: &Channel| {
@@ -577,21 +375,6 @@ async fn delete(connection: &Connection, queue: &str) {
     if !matches!(deleted, Ok(Ok(_))) {
         tracing::debug!(queue, "a queue was not deleted; it expires by itself");
     }
-}
-
-/// Says what it may mean that a queue cannot be consumed.
-fn silent(queue: &str) -> SessionError {
-    SessionError::lost(format!(
-        "{queue} did not answer within {REQUEST_TIMEOUT:?}; if that goes on it is without a leader, and docs/failures.md \
-         says what to do"
-    ))
-}
-
-/// Says what it may mean that consuming a queue cost the connection.
-fn down(queue: &str, error: &SessionError) -> SessionError {
-    SessionError::lost(format!(
-        "{error}: {queue} cannot be consumed; its process may be down, and docs/failures.md says what to do"
-    ))
 }
 
 fn channel_ended() -> SettleError {
