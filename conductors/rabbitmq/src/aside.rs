@@ -42,7 +42,8 @@ const CHANNELS_MAX: usize = 64;
 const TURN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Where messages go: one key of an exchange, or all of it. Their hash only (64 bits), for there is one for each
-/// message under way; one that is taken for another's costs no more than a way aside.
+/// message under way. One that is taken for another's may be published aside, or hold up others, and is neither lost
+/// nor misjudged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Destination(u64);
 
@@ -60,6 +61,11 @@ impl Destination {
         (exchange, key).hash(&mut hasher);
         Self(hasher.finish())
     }
+}
+
+/// What a broker calls an exchange: the default exchange has no name of its own.
+pub(crate) fn named(exchange: &str) -> &str {
+    if exchange.is_empty() { "amq.default" } else { exchange }
 }
 
 /// Held by the one that is published: a queue that takes nothing is asked once at a time.
@@ -81,7 +87,7 @@ impl Suspects {
     }
 
     /// Has what goes there published aside from now on.
-    pub(crate) fn add(&self, destination: Destination, name: &impl Display) {
+    pub(crate) fn add(&self, destination: Destination, name: impl Display) {
         let mut suspects = self.lock();
         let since = Instant::now();
         if let Some(suspect) = suspects.get_mut(&destination) {
@@ -153,7 +159,7 @@ impl Aside {
         &self,
         Found { destination, exchange, turn }: Found,
         way: Destination,
-        name: &impl Display,
+        name: &str,
         publish: impl AsyncFnOnce(&Channel) -> lapin::Result<Confirmation>,
     ) -> lapin::Result<Result<Confirmation, SendError>> {
         let not_taken = |reason: String| Ok(Err(SendError::NotTaken(reason)));
@@ -183,7 +189,8 @@ impl Aside {
                 Ok(Ok(confirmation))
             }
             Ok(Err(error)) if refusal(&error) == Some(AMQPSoftError::ACCESSREFUSED) => {
-                self.suspects.add(Destination::exchange(exchange.as_str()), &exchange);
+                let exchange = exchange.as_str();
+                self.suspects.add(Destination::exchange(exchange), named(exchange));
                 Ok(Err(SendError::Refused(plain(&error))))
             }
             Ok(Err(error)) => Err(error),
@@ -213,14 +220,14 @@ mod tests {
     async fn what_is_suspected_is_bounded_and_forgotten_after_a_while() {
         let suspects = Suspects::default();
         for key in 0..=KEPT_MAX {
-            suspects.add(Destination::key(&route(key)), &key);
+            suspects.add(Destination::key(&route(key)), key);
             advance(Duration::from_millis(1)).await;
         }
         assert!(suspects.find(&route(0)).is_none(), "the oldest makes room");
         assert!(suspects.find(&route(1)).is_some());
         suspects.remove(Destination::key(&route(1)));
         assert!(suspects.find(&route(1)).is_none());
-        suspects.add(Destination::exchange("exchange"), &"exchange");
+        suspects.add(Destination::exchange("exchange"), "exchange");
         assert!(suspects.find(&route(1)).is_some(), "all of it is");
         advance(KEPT).await;
         assert!(suspects.find(&route(1)).is_none());

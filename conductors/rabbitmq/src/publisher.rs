@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use crate::{
-    aside::{Aside, Destination, Found},
+    aside::{Aside, Destination, Found, named},
     clock,
     connect::plain,
     convert::{self, Writing},
@@ -144,7 +144,28 @@ struct Publication {
     message: Outgoing,
     destination: Destination,
     to: Address,
-    delayed: bool,
+    way: Way,
+}
+
+/// How it gets where it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Direct,
+    Delayed,
+    /// By the lease queue.
+    Parked,
+}
+
+impl Way {
+    /// What an operator is told of a destination that something went to on this way: what all of it has in common.
+    fn name(self, to: &Address) -> String {
+        match (self, to) {
+            (Self::Delayed, _) => "what is delayed".to_owned(),
+            (Self::Parked, _) => "what is parked".to_owned(),
+            (Self::Direct, Address::DeadLetter(_)) => "dead letters".to_owned(),
+            (Self::Direct, to) => to.to_string(),
+        }
+    }
 }
 
 /// One `basic.publish`.
@@ -195,9 +216,14 @@ impl Publisher {
         mut route: Route,
         via: &Via,
     ) -> Result<Publication, SendError> {
-        let (to, delayed) = (envelope.to.clone(), !envelope.delay.is_zero());
+        let to = envelope.to.clone();
+        let way = match via {
+            Via::Lease { .. } => Way::Parked,
+            _ if envelope.delay.is_zero() => Way::Direct,
+            _ => Way::Delayed,
+        };
         let mut writing = match (via, &to, &envelope.message) {
-            (Via::Address, Address::Atom(atom), Message::Electron(_)) if !delayed => {
+            (Via::Address, Address::Atom(atom), Message::Electron(_)) if way == Way::Direct => {
                 Writing::for_queue_of(atom)
             }
             (Via::Address, ..) => Writing::default(),
@@ -222,14 +248,13 @@ impl Publisher {
         if let Address::Atom(_) = to {
             properties = properties.with_timestamp(clock::seconds_at(envelope.delay));
         }
-        let destination = match via {
+        let destination = match way {
+            Way::Direct => Destination::key(&route),
             // One queue, whatever the key is.
-            Via::Lease { .. } => Destination::exchange(route.exchange.as_str()),
-            _ if delayed => Destination::exchange(route.exchange.as_str()),
-            _ => Destination::key(&route),
+            Way::Parked | Way::Delayed => Destination::exchange(route.exchange.as_str()),
         };
         let message = Outgoing { route, properties, body };
-        Ok(Publication { message, destination, to, delayed })
+        Ok(Publication { message, destination, to, way })
     }
 
     async fn route(&self, Envelope { to, delay, .. }: &Envelope) -> Result<Route, SendError> {
@@ -289,8 +314,7 @@ impl Drop for EndWhenDropped {
 /// Whether the broker speaks of the exchange of a publish. An error ends the channel, and with it all that is under
 /// way, without saying which of them was at fault.
 fn is_meant_by(exchange: &str, error: &lapin::Error) -> bool {
-    let exchange = if exchange.is_empty() { "amq.default" } else { exchange };
-    plain(error).contains(&format!("'{exchange}'"))
+    plain(error).contains(&format!("'{}'", named(exchange)))
 }
 
 /// What the broker says of one message.
@@ -341,7 +365,7 @@ struct Wait {
     destination: Destination,
     aside: bool,
     to: Address,
-    delayed: bool,
+    way: Way,
     batch: usize,
     at: usize,
 }
@@ -350,7 +374,7 @@ struct Wait {
 struct Silent {
     /// For how long nothing was confirmed for it.
     lasts: Duration,
-    to: Address,
+    name: String,
 }
 
 /// What is on its way to the broker.
@@ -428,22 +452,21 @@ impl<F: Future<Output = Answered<Answer>>> UnderWay<'_, F> {
         let number = self.batches.insert(Batch { results, unanswered, done });
         for (at, prepared) in batch.into_iter().enumerate() {
             let result = prepared.map(|publication| {
-                let Publication { message, destination, to, delayed } = publication;
+                let Publication { message, destination, to, way } = publication;
                 let found = self.line.aside.suspects.find(&message.route);
-                let name = found.is_some().then(|| to.clone());
+                let suspected = found.map(|found| (found, destination, way.name(&to)));
                 let wait = self.waits.insert(Wait {
                     waited: Duration::ZERO,
                     destination,
-                    aside: found.is_some(),
+                    aside: suspected.is_some(),
                     to,
-                    delayed,
+                    way,
                     batch: number,
                     at,
                 });
-                match found.zip(name) {
+                match suspected {
                     None => self.publishes.push((self.publish)(self.line, message, wait)),
-                    Some((found, name)) => {
-                        let suspected = (found, destination, name);
+                    Some(suspected) => {
                         let publishing = publish_aside(self.line, message, wait, suspected);
                         self.asides.push(Box::pin(publishing));
                     }
@@ -470,7 +493,7 @@ impl<F: Future<Output = Answered<Answer>>> UnderWay<'_, F> {
             longest = longest.max(wait.waited);
             let is_late = !wait.aside && wait.waited >= LATE_AFTER;
             if is_late {
-                let silent = || Silent { lasts: LATE_AFTER, to: wait.to.clone() };
+                let silent = || Silent { lasts: LATE_AFTER, name: wait.way.name(&wait.to) };
                 self.silent_there.entry(wait.destination).or_insert_with(silent);
             }
         }
@@ -480,7 +503,7 @@ impl<F: Future<Output = Answered<Answer>>> UnderWay<'_, F> {
             let is_stuck = silent.lasts >= SILENT_MAX;
             stopped |= is_stuck && self.silent >= SILENT_MAX;
             if is_stuck || hopeless {
-                aside.suspects.add(*destination, &silent.to);
+                aside.suspects.add(*destination, &silent.name);
             }
         }
         if longest >= CONFIRM_TIMEOUT || ((hopeless || stopped) && self.moves.may()) {
@@ -490,6 +513,7 @@ impl<F: Future<Output = Answered<Answer>>> UnderWay<'_, F> {
 
     /// Takes in all that is answered by now, and only then decides: what was returned is told by any of them.
     fn answered(&mut self, first: Answered<Answer>) {
+        // Nothing that is told adds to them meanwhile: what it added would be gone.
         let mut returns = mem::take(&mut self.returns);
         returns.add(first);
         while let Some(Some(next)) = self.publishes.next().now_or_never() {
@@ -527,7 +551,7 @@ impl<F: Future<Output = Answered<Answer>>> UnderWay<'_, F> {
 
     fn decide(
         &mut self,
-        Wait { waited, to, delayed, .. }: Wait,
+        Wait { waited, to, way, .. }: Wait,
         verdict: &Verdict,
         returned: bool,
     ) -> Result<(), SendError> {
@@ -535,7 +559,7 @@ impl<F: Future<Output = Answered<Answer>>> UnderWay<'_, F> {
             // The next session declares again what is missing.
             if let Address::DeadLetter(_) = to {
                 self.line.life.end("the queue of dead letters is gone".to_owned());
-            } else if delayed {
+            } else if way == Way::Delayed {
                 let reason = "a queue for delays is gone".to_owned();
                 self.line.life.end(reason.clone());
                 return Err(SendError::NotTaken(reason));
@@ -601,7 +625,7 @@ async fn publish_aside(
     line: &Line,
     message: Outgoing,
     wait: usize,
-    (found, way, name): (Found, Destination, Address),
+    (found, way, name): (Found, Destination, String),
 ) -> (Answer, bool) {
     let exchange = message.route.exchange.clone();
     let publish = async |channel: &Channel| message.publish(channel).await;
@@ -634,7 +658,7 @@ impl Line {
         life.end(format!("publishing failed: {}", plain(error)));
         match refusal(error) {
             Some(AMQPSoftError::ACCESSREFUSED) if is_meant_by(exchange, error) => {
-                aside.suspects.add(Destination::exchange(exchange), &exchange);
+                aside.suspects.add(Destination::exchange(exchange), named(exchange));
                 SendError::Refused(plain(error))
             }
             _ => SendError::Unknown(plain(error)),

@@ -1,4 +1,4 @@
-//! Begins to consume a queue, whatever is the matter with it.
+//! Begins to consume a queue, which may be silent or down.
 
 use std::time::Duration;
 
