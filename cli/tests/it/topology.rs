@@ -77,7 +77,7 @@ async fn what_is_missing_or_different_is_named() {
     let place = Place::new().await;
     place.run(&["topology", "apply", "--atom", "double"]).await.ok();
     let longer = json!({ "durable": true, "arguments": {
-        "x-queue-type": "quorum", "x-delivery-limit": 7, "x-max-length": 1000,
+        "x-queue-type": "quorum", "x-delivery-limit": 7, "x-dead-letter-exchange": "elsewhere",
     }});
     place.manage("DELETE", "/api/queues/{}/atomizer.atom.double", json!({})).await;
     place.manage("PUT", "/api/queues/{}/atomizer.atom.double", longer).await;

@@ -74,12 +74,16 @@ pub(crate) async fn declare_queue(
 }
 
 /// Declares a queue, and returns how one that is there differs, as long as nothing is lost by it.
+///
+/// Each difference may be harmless by itself, and all of them together not: what is there is looked at once more when
+/// all of it is known.
 pub(crate) async fn differences(
     connection: &Connection,
     name: &str,
     mut arguments: BTreeMap<ShortString, AMQPValue>,
 ) -> lapin::Result<Vec<String>> {
     let mut differences = Vec::new();
+    let mut harmful = Vec::new();
     for _ in 0..DRIFTS_MAX {
         let wanted = arguments.clone();
         let ask = async |channel: &Channel| topology::declare(channel, name, wanted).await;
@@ -90,6 +94,7 @@ pub(crate) async fn differences(
             _ => None,
         };
         let Some(drift) = drift.filter(Drift::is_safe) else { return Err(error) };
+        let argument = drift.argument.to_owned();
         let understood = match drift.current {
             Some(Current::None) => arguments.remove(drift.argument).is_some(),
             Some(Current::Value(value)) => {
@@ -99,11 +104,26 @@ pub(crate) async fn differences(
             None => false,
         };
         differences.push(reason);
+        harmful.push((argument, error));
         if !understood {
             break;
         }
     }
-    Ok(differences)
+    harmful.retain(|(argument, _)| drops(argument, &arguments));
+    harmful.pop().map_or(Ok(differences), |(_, error)| Err(error))
+}
+
+/// Whether a queue with these arguments drops for good what this one of them limits.
+fn drops(argument: &str, arguments: &BTreeMap<ShortString, AMQPValue>) -> bool {
+    let is = |name: &str, value: &str| matches!(arguments.get(name), Some(AMQPValue::LongString(text)) if text.as_bytes() == value.as_bytes());
+    match argument {
+        // What is in a stream is to go when it is too long.
+        "x-max-length" | "x-max-length-bytes" => {
+            !is("x-overflow", "reject-publish") && !is("x-queue-type", "stream")
+        }
+        "x-delivery-limit" => !arguments.contains_key("x-dead-letter-exchange"),
+        _ => false,
+    }
 }
 
 /// More than there are arguments.
@@ -133,7 +153,7 @@ impl<'a> Drift<'a> {
         Some(Self { argument, was_asked_for, current: Current::read(current) })
     }
 
-    /// Whether nothing is lost by it: neither the queue nor what is in it goes away by itself or with a node.
+    /// Whether nothing is lost by it alone: neither the queue nor what is in it goes away by itself or with a node.
     fn is_safe(&self) -> bool {
         match self.argument {
             // Those of an inbox may differ, but no other queue may expire.
@@ -149,8 +169,12 @@ impl Current {
         if text == "none" {
             return Some(Self::None);
         }
-        let (value, kind) =
-            text.strip_prefix("the value '")?.strip_suffix('\'')?.split_once("' of type '")?;
+        let text = text.strip_suffix('\'')?;
+        // The name of an exchange stands without its type.
+        let (value, kind) = match text.strip_prefix("the value '") {
+            Some(typed) => typed.split_once("' of type '")?,
+            None => (text.strip_prefix('\'')?, "longstr"),
+        };
         Some(Self::Value(match kind {
             "longstr" => AMQPValue::LongString(value.into()),
             "bool" => AMQPValue::Boolean(value == "true"),
@@ -219,10 +243,31 @@ mod tests {
             read("x-dead-letter-exchange", "the value 'a' of type 'longstr'", "none"),
             (true, Some(Current::None))
         );
-        assert_eq!(read("durable", "'true'", "'false'"), (false, None));
+        let elsewhere = Some(Current::Value(AMQPValue::LongString("elsewhere".into())));
+        assert_eq!(read("x-dead-letter-exchange", "'a'", "'elsewhere'"), (true, elsewhere));
+        assert!(!read("durable", "'true'", "'false'").0);
         assert!(!read("x-expires", "none", "the value '1000' of type 'long'").0);
         assert!(read("x-expires", "the value '1' of type 'long'", "none").0);
         assert!(!read("x-queue-type", "the value 'quorum' of type 'longstr'", "none").0);
         assert_eq!(Drift::read("PRECONDITION_FAILED - something else"), None);
+    }
+
+    #[test]
+    fn a_limit_is_harmless_where_what_exceeds_it_is_declined_or_a_dead_letter() {
+        let with = |arguments: &[(&str, &str)]| {
+            let all = arguments.iter();
+            all.map(|&(name, value)| (name.into(), AMQPValue::LongString(value.into()))).collect()
+        };
+        let plain = with(&[("x-queue-type", "quorum")]);
+        let kept =
+            with(&[("x-overflow", "reject-publish"), ("x-dead-letter-exchange", "elsewhere")]);
+        let oldest = with(&[("x-overflow", "drop-head"), ("x-dead-letter-exchange", "elsewhere")]);
+        for argument in ["x-max-length", "x-max-length-bytes"] {
+            assert!(drops(argument, &plain) && drops(argument, &oldest) && !drops(argument, &kept));
+            assert!(!drops(argument, &with(&[("x-queue-type", "stream")])));
+        }
+        let argument = "x-delivery-limit";
+        assert!(drops(argument, &plain) && !drops(argument, &kept) && !drops(argument, &oldest));
+        assert!(!drops("x-overflow", &plain), "there is no limit");
     }
 }

@@ -24,14 +24,15 @@
 //! - `<namespace>.atom.<atom id>`, the queue of one atom;
 //! - `<namespace>.dead`, the dead letters;
 //! - `<namespace>.inbox.<node id>`, where a node is answered; it expires 30 min after the node;
+//! - `<namespace>.results.<name>`, a result address;
 //! - `<namespace>.lease.<node id>.<session>`, what one session has parked; given back within 5 s of its end;
 //! - `<namespace>.events`, an exchange and a stream: what happens on all nodes, for 7 days or 1 GiB;
 //! - `<namespace>.delay.5` to `.31`, `.due` and `.lost`, where delays are waited out.
 //!
-//! All other queues are quorum queues. `docs/topology.md` has every object with its arguments and their reasons, and the least
+//! All queues but that stream are quorum queues. `docs/topology.md` has every object with its arguments and their reasons, and the least
 //! permissions of who sends, who works and who operates. [`RabbitMq::topology`] says who makes them.
 //!
-//! What is parked is published there again before the broker loses its patience with what is held
+//! What is parked is published to its lease queue again before the broker loses its patience with what is held
 //! ([`RabbitMq::hold_max`]). What was parked carries `atomizer/parked` in the property `app_id`, by which it is known
 //! as delivered before; any other message has the node there that it is from.
 //!
@@ -113,7 +114,7 @@ impl RabbitMq {
     /// How long a delivery may be held unless told otherwise: 10 min, a third of what brokers grant by default.
     pub const HOLD_MAX: Duration = Duration::from_secs(10 * 60);
 
-    /// Describes a broker by its URL: `amqp://user:password@host:port/vhost`.
+    /// Describes a broker by its URL: `amqp://user:password@host:port/vhost`. It is RabbitMQ 3.10 or later.
     ///
     /// What is left out is `guest`, `guest`, 5672 (5671 with TLS) and the virtual host `/`. The query may have
     /// `heartbeat` in seconds; 10 by default.
@@ -121,7 +122,8 @@ impl RabbitMq {
     /// The nodes of a cluster stand side by side, separated by commas: `amqp://user:password@a,b:5673,[::1]/vhost`.
     /// User, password, virtual host and query are those of all. A session has one of them, at random the first
     /// time; the next session begins with the one after it, and tries each once before there is a pause. One
-    /// that is silent is given up after 2 s (a single one after 5 s, and so are several when all were too slow).
+    /// that is silent is given up after 2 s, or 5 s more when it is silent once it is connected (a single one after 5 s
+    /// and 10 s, and so are several when all were too slow).
     ///
     /// `amqps://` is TLS, with the feature `tls` of this crate. The broker's certificate is always verified, against
     /// the system's authorities, or those in the file that the query names as `cacertfile`, and for the name of
@@ -211,8 +213,8 @@ impl RabbitMq {
         Operator::new(&self.addresses, &self.topology)
     }
 
-    /// Returns all that the namespace needs on its broker for these atoms and result addresses: the same that nodes
-    /// make.
+    /// Returns what the namespace needs on its broker for these atoms and result addresses: the same that nodes make.
+    /// What is sent for later needs [`Plan::delays`] as well.
     pub fn topology_plan(&self, atoms: &[AtomId], results: &[ResultsId]) -> Plan {
         Plan::new(&self.topology, atoms, results)
     }
@@ -221,8 +223,8 @@ impl RabbitMq {
     /// told otherwise.
     ///
     /// A broker takes back what is held longer than its `consumer_timeout` (30 min by default), and closes the
-    /// channel over it. A node looks once a second, and moving what is held takes its time: keep this below a third
-    /// of the broker's.
+    /// channel over it. A node looks once a second, and moving what is held takes its time: keep this to a third
+    /// of the broker's at the most.
     #[must_use]
     pub fn hold_max(mut self, hold_max: Duration) -> Self {
         self.options.limits.hold_max = hold_max;

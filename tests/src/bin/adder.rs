@@ -62,7 +62,9 @@ async fn main() -> anyhow::Result<()> {
         return Ok(node.drain().await?);
     }
     // Its nodes are killed at random, again and again, which is no fault of an electron that was there each time.
-    let node = builder.atom(Square).atom(Sum).lives_max(100).start().await?;
+    // And it is started while brokers are killed, which may take long to answer.
+    let builder = builder.atom(Square).atom(Sum).lives_max(100).connect_timeout(None);
+    let node = builder.start().await?;
     let (end, ended) = oneshot::channel();
     thread::spawn(move || {
         drop(io::copy(&mut io::stdin(), &mut io::sink()));

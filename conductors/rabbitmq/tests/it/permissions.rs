@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use atomizer::{
     Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, Filter, Message, Monitor,
-    NodeId, OpenError, Payload, Position, Seen, SendError, Session, Source, prelude::*,
+    NodeId, OpenError, Payload, Position, ResultsId, Seen, SendError, Session, Source, prelude::*,
 };
 use atomizer_rabbitmq::{RabbitMq, Requeue, Selection, TopologyMode};
 use atomizer_test_support::{Permissions, Vhost};
@@ -25,6 +25,7 @@ impl Users {
         let atomizer = serve(&vhost.url()).await;
         let delay = Duration::from_millis(50);
         atomizer.send_after::<Double>(delay, 1).await.unwrap();
+        atomizer.result_address(&RESULTS).await.unwrap();
         atomizer.drain().await.unwrap();
         Self { vhost, names: Vec::new() }
     }
@@ -51,6 +52,8 @@ impl Users {
     }
 }
 
+const RESULTS: ResultsId = ResultsId::from_static("evening");
+
 const CALLER: [&str; 3] =
     [r"^atomizer\.inbox\.", r"^atomizer($|\.events$|\.delay\.)", r"^atomizer\.inbox\."];
 const WORKER: [&str; 3] = [
@@ -59,7 +62,8 @@ const WORKER: [&str; 3] = [
     r"^atomizer($|\.(atom|inbox|lease)\.)",
 ];
 const MONITOR: [&str; 3] = ["^$", r"^atomizer\.events$", r"^atomizer\.events$"];
-const OPERATOR: [&str; 3] = ["^$", "^atomizer$", r"^atomizer\.dead$"];
+const OPERATOR: [&str; 3] = ["^$", r"^(atomizer|amq\.default)$", r"^atomizer\.dead$"];
+const READER: [&str; 3] = [r"^atomizer\.inbox\.", "^atomizer$", r"^atomizer\.(inbox|results)\."];
 
 async fn start(conductor: RabbitMq) -> Atomizer {
     soon(Atomizer::builder().conductor(conductor).start()).await.unwrap()
@@ -94,14 +98,27 @@ async fn each_role_does_its_work_with_the_least_permissions() {
     assert_eq!(soon(caller.call::<Double>(4).into_future()).await.unwrap(), 8);
     let delay = Duration::from_millis(50);
     soon(caller.send_after::<Double>(delay, 4)).await.unwrap();
+    let mut electron = Electron::new(AtomId::from_static("double"), Payload::json("4"));
+    electron.reply_to = Some(soon(caller.result_address(&RESULTS)).await.unwrap());
+    soon(caller.send_electron(electron)).await.unwrap();
+    let reader = start(users.add(READER).await).await;
+    let mut results = reader.results(RESULTS);
+    let outcome = soon(results.next()).await.unwrap();
+    assert_eq!(outcome.output::<Double>().unwrap(), 8);
+    soon(results.done()).await;
+    drop(results);
+    reader.drain().await.unwrap();
     // It fails, and nobody is told: it dies.
     soon(caller.send::<Double>(u64::MAX)).await.unwrap();
 
     let dead = users.add(OPERATOR).await.dead_letters();
     soon(async { while dead.census().await.unwrap().ready == 0 {} }).await;
-    let mut listing = dead.list(Selection::all());
-    soon(listing.next()).await.unwrap().unwrap();
-    soon(listing.close()).await;
+    // A letter that was delivered eight times is written anew.
+    for _ in 0..10 {
+        let mut listing = dead.list(Selection::all());
+        soon(listing.next()).await.unwrap().unwrap();
+        soon(listing.close()).await;
+    }
     let mut requeue = dead.requeue(Selection::all(), Requeue::default());
     let mut last = None;
     while let Some(progress) = soon(requeue.next()).await {

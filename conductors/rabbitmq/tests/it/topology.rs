@@ -90,7 +90,14 @@ async fn the_broker_holds_what_the_documentation_names_and_nothing_else() {
 async fn a_queue_with_other_arguments_is_used_when_nothing_can_be_lost_by_it() {
     let vhost = vhost().await;
     let safe = json!({ "durable": true, "arguments": {
-        "x-queue-type": "quorum", "x-delivery-limit": 7, "x-max-length": 1000,
+        "x-queue-type": "quorum", "x-delivery-limit": 7, "x-dead-letter-exchange": "elsewhere",
+        "x-max-length": 1000, "x-overflow": "reject-publish",
+    }});
+    let drops_the_oldest = json!({ "durable": true, "arguments": {
+        "x-queue-type": "quorum", "x-max-length": 1000, "x-dead-letter-exchange": "elsewhere",
+    }});
+    let drops_what_comes_often = json!({ "durable": true, "arguments": {
+        "x-queue-type": "quorum", "x-delivery-limit": 7,
     }});
     // Whatever it lacks beside, it is its type that is named in the end.
     let classic = json!({ "durable": true, "arguments": { "x-queue-type": "classic" } });
@@ -100,6 +107,8 @@ async fn a_queue_with_other_arguments_is_used_when_nothing_can_be_lost_by_it() {
             ("PUT", "/api/queues/{}/atomizer.atom.double", safe.clone()),
             ("PUT", "/api/queues/{}/atomizer.dead", safe),
             ("PUT", "/api/queues/{}/atomizer.atom.classic", classic),
+            ("PUT", "/api/queues/{}/atomizer.atom.oldest", drops_the_oldest),
+            ("PUT", "/api/queues/{}/atomizer.atom.often", drops_what_comes_often),
         ],
     )
     .await;
@@ -108,9 +117,13 @@ async fn a_queue_with_other_arguments_is_used_when_nothing_can_be_lost_by_it() {
     atomizer.drain().await.unwrap();
 
     let session = soon(rabbit(&vhost.url()).open(&node())).await.unwrap();
-    let classic = Source::Atom(AtomId::from_static("classic"));
-    let error = soon(session.subscribe(classic, 1.try_into().unwrap())).await.err().unwrap();
-    assert!(error.to_string().contains("x-queue-type"), "{error}");
+    for (atom, argument) in
+        [("classic", "x-queue-type"), ("oldest", "x-max-length"), ("often", "x-delivery-limit")]
+    {
+        let source = Source::Atom(AtomId::from_static(atom));
+        let error = soon(session.subscribe(source, 1.try_into().unwrap())).await.err().unwrap();
+        assert!(error.to_string().contains(&format!("'{argument}'")), "{error}");
+    }
     soon(session.close()).await;
     blocking(move || drop(vhost)).await;
 }
