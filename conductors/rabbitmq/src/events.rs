@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use atomizer::{EventLog, EventReader, EventWriter, NodeId, OpenError, Position, SendError};
 use futures::{FutureExt as _, future::BoxFuture};
 use lapin::types::{AMQPValue, ShortString};
+use tokio::time::{Instant, sleep};
 
 use self::{reader::Reader, writer::Writer};
 use crate::{
@@ -22,6 +23,11 @@ use crate::{
     plan::{Kind, Object},
     topology::Topology,
 };
+
+/// How long it may take until a stream can be read from that nobody can read yet: it has just been made, or its brokers have
+/// just been started.
+const REPLICA_MAX: Duration = Duration::from_secs(10);
+const REPLICA_PAUSE: Duration = Duration::from_millis(250);
 
 /// How much is kept, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -101,7 +107,17 @@ impl EventLog for RabbitLog {
     async fn reader(&self, from: Position) -> Result<Box<dyn EventReader>, OpenError> {
         let monitor = NodeId::unique("monitor").expect("it is made of letters");
         let begin = |opened| Reader::open(opened, self.clone(), monitor.clone(), from).boxed();
-        Ok(Box::new(self.open(&monitor, "reads events", begin).await?))
+        let begun = Instant::now();
+        loop {
+            match self.open(&monitor, "reads events", begin).await {
+                Err(OpenError::Unreachable(reason))
+                    if lacks_a_replica(&reason) && begun.elapsed() < REPLICA_MAX =>
+                {
+                    sleep(REPLICA_PAUSE).await;
+                }
+                opened => return Ok(Box::new(opened?)),
+            }
+        }
     }
 }
 
@@ -139,6 +155,12 @@ fn stream(retention: Retention) -> BTreeMap<ShortString, AMQPValue> {
         ("x-max-age".into(), text(&format!("{}s", retention.age_max.as_secs().max(1)))),
         ("x-stream-max-segment-size-bytes".into(), bytes(retention.segment_bytes())),
     ])
+}
+
+/// Whether a broker says that it has nothing of the stream to read from (406, without a code of its own), or has just lost
+/// it (541).
+fn lacks_a_replica(reason: &str) -> bool {
+    ["replica on the local node", "INTERNAL_ERROR"].iter().any(|said| reason.contains(said))
 }
 
 /// What a failure to begin means: it is tried again.

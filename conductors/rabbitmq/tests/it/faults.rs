@@ -10,15 +10,15 @@ use std::{
 };
 
 use atomizer::{
-    Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, NodeId, Payload, Source,
-    prelude::*,
+    Address, AtomId, CallError, Conductor, Electron, Envelope, EventKind, Monitor, NodeId, Payload,
+    Position, Seen, Source, prelude::*,
 };
 use atomizer_test_support::{Broker, Proxy};
 use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
 use crate::support::{
     Double, blocking, delete_queue, impatient, lose_leader, rabbit, says_that_it_has_no_leader,
-    says_that_it_is_down, serve, soon, start_queue, stop_queue, until, vhost,
+    says_that_it_is_down, serve, soon, start_queue, stop_queue, stop_streams, until, vhost,
 };
 
 /// Asks for the doubles of so many numbers at once.
@@ -351,4 +351,18 @@ async fn what_runs_while_the_server_closes_its_channel_is_adopted() {
         assert!(!twice, "each was answered once");
     }
     blocking(move || drop(broker)).await;
+}
+
+/// So it is for a moment after a stream was made, or its brokers were started.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_without_a_replica_is_read_once_it_has_one() {
+    let vhost = Arc::new(vhost().await);
+    serve(&vhost.url()).await.drain().await.unwrap();
+    stop_streams(&vhost).await;
+    let monitor = Monitor::new(&rabbit(&vhost.url())).unwrap().from(Position::Start);
+    let mut events = soon(monitor.open()).await.unwrap();
+    // It may be interrupted before that.
+    soon(async { while !matches!(events.next().await, Seen::Event(_)) {} }).await;
+    drop(events);
+    blocking(move || drop(vhost)).await;
 }

@@ -51,6 +51,20 @@ pub(crate) async fn start_queue(vhost: &Arc<Vhost>, queue: &str) {
     on_process(vhost, queue, "ra:restart_server(quorum_queues, Id)").await;
 }
 
+/// Stops what serves the streams of a virtual host, again and again for two seconds: the broker starts it again by itself.
+pub(crate) async fn stop_streams(vhost: &Arc<Vhost>) {
+    let expression = format!(
+        "Stop = fun() -> [supervisor:terminate_child(osiris_server_sup, Id)
+           || {{Id, _, _, _}} <- supervisor:which_children(osiris_server_sup),
+              string:find(Id, \"{}\") =/= nomatch] end,
+         [_ | _] = Stop(),
+         spawn(fun() -> [{{Stop(), timer:sleep(10)}} || _ <- lists:seq(1, 200)] end).",
+        vhost.name()
+    );
+    let vhost = Arc::clone(vhost);
+    blocking(move || vhost.node().ctl(&["eval", &expression]).unwrap()).await;
+}
+
 async fn on_process(vhost: &Arc<Vhost>, queue: &str, act: &str) {
     let expression = format!(
         "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>)),
